@@ -1,0 +1,49 @@
+# Every target sets up what it needs: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= data
+RUNS ?= runs
+
+.PHONY: reproduce test lab figures results notebooks clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make reproduce   write the embedded benchmark, train DI2L on it, evaluate, draw (about a quarter of an hour on two cores)"
+	@echo "make test        export and cleanliness check, every notebook's cells, pytest"
+	@echo "make lab         JupyterLab on nbs/"
+	@echo "make figures     run every analysis notebook top to bottom; draws figures/ from results/"
+	@echo "make results     make every record of results/ that is missing (a night on two cores)"
+	@echo "make notebooks   run every notebook top to bottom"
+	@echo "make clean       remove what these commands made (not .venv)"
+
+.venv/ready: constraints.txt settings.ini setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+reproduce: .venv/ready
+	$(BIN)/di2l_reproduce --data $(DATA) --runs $(RUNS)
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q tests/test_repository.py
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q --ignore tests/test_repository.py --durations 15 tests
+
+lab: .venv/ready
+	$(BIN)/jupyter lab --notebook-dir nbs
+
+figures: .venv/ready
+	$(BIN)/jupyter execute --inplace --timeout 3600 nbs/2?_*.ipynb
+	$(BIN)/nbdev_clean
+
+results: .venv/ready
+	$(BIN)/di2l_experiments make --data $(DATA) --runs $(RUNS)
+
+notebooks: .venv/ready
+	$(BIN)/jupyter execute --inplace --timeout 3600 nbs/[0-9]*.ipynb
+	$(BIN)/nbdev_clean
+
+clean:
+	rm -rf $(DATA) $(RUNS) .pytest_cache .hypothesis *.egg-info nbs/.ipynb_checkpoints
+	find di2l tests -name __pycache__ -type d -prune -exec rm -rf {} +
