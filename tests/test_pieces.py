@@ -1,0 +1,328 @@
+"The paper's pieces against float64 oracles written from the equations, against independent implementations, and at their edges."
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from di2l.dpa import DPA, stripe_pool
+from di2l.focal import FocalLoss
+from di2l.model import DI2L, METHODS, AGWMethod, CAJMethod, DI2LMethod, build_trunk
+from di2l.non_local import NonLocal
+from di2l.rca import IMAGENET_MEAN, IMAGENET_STD, augment, channel_augment, normalise, random_crop, random_erase, random_flip
+from di2l.wrt import WRTLoss
+
+seeds = st.integers(0, 2**31)
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def pixels(B, H, W, seed):
+    return torch.randint(256, (B, 3, H, W), dtype=torch.uint8, generator=generator(seed))
+
+
+# ---------------------------------------------------------------- Eq. 1 and what follows it
+
+
+@given(seeds, st.integers(1, 6), st.integers(1, 9), st.integers(1, 7))
+def test_rca_copies_one_channel_of_the_same_image(seed, B, H, W):
+    x = pixels(B, H, W, seed)
+    y = channel_augment(x, generator=generator(seed))
+    assert y.shape == x.shape and y.dtype == x.dtype
+    for before, after in zip(x, y):
+        assert torch.equal(after[0], after[1]) and torch.equal(after[0], after[2])
+        assert any(torch.equal(after[0], channel) for channel in before)
+
+
+def test_rca_draws_uniformly_and_for_each_image():
+    x = torch.arange(3, dtype=torch.uint8).view(1, 3, 1, 1).expand(30_000, 3, 1, 1)
+    counts = torch.bincount(channel_augment(x, generator=generator(0))[:, 0, 0, 0].long(), minlength=3)
+    assert (counts - 10_000).abs().max() < 4 * math.sqrt(30_000 * 2 / 9)
+
+
+def naive_augment(x, seed, flip, crop, erase, pad):
+    "The same draws, applied to one image and one pixel at a time."
+    B, _, H, W = x.shape
+    g = generator(seed)
+    flips = torch.rand(B, generator=g) < flip
+    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=g)[..., 0]
+    crops = torch.rand(B, generator=g) < crop
+    erases, draw = torch.rand(B, generator=g) < erase, torch.rand(4, B, generator=g)
+    out = np.empty((B, 3, H, W))
+    for i in range(B):
+        image = x[i].numpy() / 255.0
+        if flips[i]:
+            image = image[:, :, ::-1]
+        dy, dx = (int(v) if crops[i] else 0 for v in shift[:, i])
+        image = np.array([[[image[c, min(max(r + dy, 0), H - 1), min(max(k + dx, 0), W - 1)] for k in range(W)] for r in range(H)] for c in range(3)])
+        if erases[i]:
+            share, ratio = 0.02 + 0.38 * draw[0, i], 0.3 * (3.3 / 0.3) ** draw[1, i]
+            h = int(min(max(torch.round(torch.sqrt(share * H * W * ratio)), 1), H))
+            w = int(min(max(torch.round(torch.sqrt(share * H * W / ratio)), 1), W))
+            top, left = int(draw[2, i] * (H - h + 1)), int(draw[3, i] * (W - w + 1))
+            image[:, top : top + h, left : left + w] = np.array(IMAGENET_MEAN)[:, None, None]
+        out[i] = image
+    return out
+
+
+@settings(max_examples=40)
+@given(seeds, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.integers(1, 4))
+def test_augmentation_equals_a_loop_over_pixels(seed, flip, crop, erase, pad):
+    x = pixels(3, 12, 7, seed)
+    ours = augment(x, generator(seed), flip, crop, erase, pad)
+    np.testing.assert_allclose(ours.numpy(), naive_augment(x, seed, flip, crop, erase, pad), atol=1e-6)
+
+
+def test_erased_pixels_are_exactly_zero_after_normalisation():
+    x = torch.full((64, 3, 20, 10), 0.9)
+    y = normalise(random_erase(x, p=1.0, generator=generator(0)))
+    erased = (y == 0).all(1)
+    assert erased.flatten(1).any(1).all() and not erased.flatten(1).all(1).any()
+    assert torch.equal(normalise(torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1))
+
+
+def test_normalise_is_torchvisions():
+    from torchvision.transforms.functional import normalize
+
+    x = torch.rand(4, 3, 5, 6, generator=generator(0))
+    assert torch.allclose(normalise(x), normalize(x, IMAGENET_MEAN, IMAGENET_STD))
+
+
+@pytest.mark.parametrize("step", [random_flip, random_crop, random_erase])
+def test_each_image_draws_its_own(step):
+    x = torch.rand(1, 3, 24, 12, generator=generator(0)).expand(200, -1, -1, -1)
+    changed = (step(x, generator=generator(1)) != x).flatten(1).any(1).float().mean()
+    assert 0.35 < changed < 0.6
+
+
+# ---------------------------------------------------------------- Eq. 2–3
+
+
+@settings(max_examples=30)
+@given(seeds, st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.floats(0.1, 3))
+def test_non_local_equals_the_equation_in_float64(seed, C, H, W, scale):
+    torch.manual_seed(seed)
+    block, x = NonLocal(C), scale * torch.randn(2, C, H, W)
+    torch.nn.init.normal_(block.z.weight)
+    u, v, g, z = (m.weight[:, :, 0, 0].detach().double().numpy() for m in (block.u, block.v, block.g, block.z))
+    for image, ours in zip(x, block(x).detach()):
+        f = image.flatten(1).double().numpy()
+        e = (u @ f).T @ (v @ f)                                        # (i, j)
+        w = np.exp(e - e.max(1, keepdims=True))
+        expected = z @ (g @ f) @ (w / w.sum(1, keepdims=True)).T + f
+        np.testing.assert_allclose(ours.flatten(1).numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+# ---------------------------------------------------------------- Eq. 4
+
+
+@settings(max_examples=30)
+@given(seeds, st.sampled_from(["global", "residual", "sum", "literal"]), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1.0, 3.0]))
+def test_dpa_equals_its_reading_in_float64(seed, reading, P, q):
+    torch.manual_seed(seed)
+    dpa, x = DPA(5, P, reading, q=q).eval(), torch.rand(3, 5, 6, 4)
+    scale = None
+    if hasattr(dpa, "bn"):
+        torch.nn.init.normal_(dpa.bn.weight)
+        scale = dpa.bn.weight.detach().double().numpy() / math.sqrt(1 + dpa.bn.eps)      # fresh running statistics: mean 0, variance 1
+    u, v, z = (m.weight[:, :, 0].detach().double().numpy() for m in (dpa.u, dpa.v, dpa.z))
+    for image, ours in zip(x.double().numpy(), dpa(x).detach().numpy()):
+        pool = lambda a: (np.maximum(a, 1e-6) ** q).mean((1, 2)) ** (1 / q)
+        parts = [pool(s) for s in np.split(image, P, axis=1)]
+        alpha = np.array([[math.exp((u @ a) @ (v @ b)) for b in parts] for a in parts])
+        alpha /= alpha.sum(1, keepdims=True)
+        mixed = [sum(alpha[i, j] * (z @ parts[j]) for j in range(P)) for i in range(P)]
+        expected = dict(
+            literal=lambda: np.mean([alpha[i, i] * (z @ parts[i]) for i in range(P)], 0),
+            sum=lambda: np.mean(mixed, 0),
+            residual=lambda: np.mean([parts[i] + scale * mixed[i] for i in range(P)], 0),
+        ).get(reading, lambda: pool(image) + scale * np.mean(mixed, 0))()
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_parts_have_to_divide_the_map(H, P):
+    x = torch.rand(1, 2, H, 3)
+    if H % P:
+        with pytest.raises(ValueError, match="take parts from"):
+            stripe_pool(x, P)
+    else:
+        assert stripe_pool(x, P, 1.0).mean() == pytest.approx(x.mean().item(), rel=1e-4)
+
+
+# ---------------------------------------------------------------- Eq. 5
+
+
+@settings(max_examples=60)
+@given(seeds, st.integers(1, 20), st.integers(2, 15), st.floats(0, 6), st.floats(0.01, 10))
+def test_focal_equals_the_equation(seed, N, K, gamma, scale):
+    torch.manual_seed(seed)
+    logits, pids = scale * torch.randn(N, K, dtype=torch.float64), torch.randint(K, (N,))
+    p = logits.softmax(1)[torch.arange(N), pids].clamp(1e-300)
+    assert FocalLoss(gamma)(logits, pids).item() == pytest.approx((-(1 - p) ** gamma * p.log()).mean().item(), rel=1e-7, abs=1e-12)
+
+
+@settings(max_examples=60)
+@given(seeds, st.sampled_from([0.0, 0.5, 1.0, 2.0, 5.0]), st.floats(1, 1e4))
+def test_focal_is_finite_and_falls_along_its_gradient(seed, gamma, scale):
+    torch.manual_seed(seed)
+    logits = (scale * (2 * torch.rand(6, 4) - 1)).requires_grad_()
+    pids = torch.randint(4, (6,))
+    loss = FocalLoss(gamma)(logits, pids)
+    loss.backward()
+    assert loss.isfinite() and loss >= 0 and logits.grad.isfinite().all()
+    if logits.grad.norm() > 1e-3:
+        assert FocalLoss(gamma)(logits.detach() - 1e-2 * logits.grad / logits.grad.norm(), pids) <= loss + 1e-6 * loss.abs()
+
+
+def test_focal_under_autocast_is_float32():
+    logits, pids = torch.randn(4, 3).bfloat16(), torch.tensor([0, 1, 2, 0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert FocalLoss()(logits, pids).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- Eq. 6
+
+
+def triple_loop(features, pids, squared):
+    total = 0.0
+    for i, a in enumerate(features):
+        d = [math.dist(a, b) for b in features]
+        P = [d[j] for j in range(len(d)) if pids[j] == pids[i] and j != i]
+        N = [d[k] for k in range(len(d)) if pids[k] != pids[i]]
+        wp, wn = [math.exp(x - max(P)) for x in P], [math.exp(min(N) - x) for x in N]
+        x = sum(w * d for w, d in zip(wp, P)) / sum(wp) - sum(w * d for w, d in zip(wn, N)) / sum(wn)
+        y = math.copysign(x * x, x) if squared else x
+        total += max(y, 0) + math.log1p(math.exp(-abs(y)))
+    return total / len(features)
+
+
+@settings(max_examples=80)
+@given(seeds, st.integers(2, 4), st.integers(2, 4), st.booleans(), st.floats(-4, 4))
+def test_wrt_equals_a_triple_loop(seed, identities, images, squared, exponent):
+    torch.manual_seed(seed)
+    pids = torch.arange(identities).repeat_interleave(images)[torch.randperm(identities * images)]
+    features = 10**exponent * torch.randn(len(pids), 5, dtype=torch.float64)
+    assert WRTLoss(squared)(features, pids).item() == pytest.approx(triple_loop(features.tolist(), pids.tolist(), squared), rel=1e-9)
+
+
+@settings(max_examples=60)
+@given(seeds, st.floats(-30, 4), st.booleans(), st.booleans())
+def test_wrt_is_finite_and_never_dead(seed, exponent, squared, coincide):
+    torch.manual_seed(seed)
+    features, pids = 10**exponent * torch.randn(8, 6), torch.arange(4).repeat(2)
+    if coincide:
+        features[4:] = features[:4].roll(1, 0)                            # the positive sits on a stranger
+    features.requires_grad_()
+    loss = WRTLoss(squared)(features, pids)
+    loss.backward()
+    assert loss.isfinite() and features.grad.isfinite().all()
+    if loss > 1:
+        assert features.grad.norm() > 0.01
+
+
+def test_wrt_gradient_is_right():
+    torch.manual_seed(0)
+    features = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda f: WRTLoss()(f, torch.tensor([0, 0, 1, 1, 2, 2])), features)
+
+
+@pytest.mark.parametrize("pids, words", [([0, 0, 0, 0], "none has a negative"), ([0, 0, 1, 2], r"identities \[1, 2\] have a single image")])
+def test_wrt_names_lonely_anchors(pids, words):
+    with pytest.raises(ValueError, match=words):
+        WRTLoss()(torch.randn(4, 3), torch.tensor(pids))
+
+
+# ---------------------------------------------------------------- Fig. 1
+
+
+def test_trunk_is_torchvisions_with_the_last_stride_taken_out():
+    import torchvision
+
+    for name in ("resnet18", "resnet50"):
+        torch.manual_seed(0)
+        ours, theirs = build_trunk(name).eval(), getattr(torchvision.models, name)(weights=None).eval()
+        theirs.load_state_dict(ours.state_dict())
+        x = torch.randn(1, 3, 64, 32)
+        stem = lambda t: t.maxpool(t.relu(t.bn1(t.conv1(x))))
+        upto3 = lambda t: t.layer3(t.layer2(t.layer1(stem(t))))
+        assert torch.equal(upto3(ours), upto3(theirs))
+        assert ours.layer4(upto3(ours)).shape[2:] == (4, 2) and theirs.layer4(upto3(theirs)).shape[2:] == (2, 1)
+
+
+def test_network_is_the_composition_of_its_parts():
+    "Fig. 1 put together by hand from the modules, in the order that the paper gives."
+    torch.manual_seed(0)
+    net = DI2L(5, backbone="resnet10").eval()
+    for block in (net.non_local2, net.non_local3):
+        torch.nn.init.normal_(block.z.weight, std=0.1)
+    visible, infrared = torch.randn(2, 3, 96, 48), torch.randn(3, 3, 96, 48)
+    x = torch.cat([net.visible_stem(visible), net.infrared_stem(infrared)])
+    for module in (net.stage1, net.stage2, net.non_local2, net.stage3, net.non_local3, net.stage4, net.dpa, net.neck):
+        x = module(x)
+    with torch.no_grad():
+        assert torch.allclose(net(visible=visible, infrared=infrared), x / x.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+def test_one_trunk_two_stems():
+    "ResNet-50: one trunk, where public code builds three and leaves two thirds of the parameters idle."
+    net = DI2L(395, dpa=False, non_local=False)
+    parameters = sum(p.numel() for p in net.parameters())
+    assert parameters == 23_508_032 + 9_536 + 2 * 2048 + 395 * 2048      # torchvision's ResNet-50 without fc, a second stem, neck, classifier
+
+
+@pytest.mark.parametrize("name", ["di2l", "caj", "agw"])
+def test_no_parameter_is_idle(name):
+    torch.manual_seed(0)
+    method = METHODS[name](backbone="resnet10", weights=None)
+    net, pids = method.network(4), torch.arange(4).repeat_interleave(2)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
+    for step in range(2):
+        features, logits = net(**method.views(pixels(8, 96, 48, step), pixels(8, 96, 48, step + 9), generator(step)))
+        assert len(features) == 8 * method.copies + 8
+        optimiser.zero_grad()
+        sum(method.losses(features, logits, torch.cat([pids] * method.copies + [pids])).values()).backward()
+        optimiser.step()
+    assert [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+
+
+def test_baselines_are_di2l_with_switches_thrown():
+    assert CAJMethod() == CAJMethod(dpa=False, gamma=0.0) and not CAJMethod().dpa
+    assert (AGWMethod().rca, AGWMethod().squared, AGWMethod().copies) == (False, False, 1)
+    assert (DI2LMethod().copies, DI2LMethod().gamma, DI2LMethod().squared) == (2, 2.0, True)
+
+
+def test_losses_are_those_of_the_pieces():
+    torch.manual_seed(0)
+    features, logits, pids = torch.randn(6, 4), torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
+    terms = DI2LMethod(wrt_scale=4.0).losses(features, logits, pids)
+    assert terms["focal"] == FocalLoss(2.0)(logits, pids)
+    assert terms["wrt"] == WRTLoss()(4 * F.normalize(features), pids)
+    assert DI2LMethod().losses(features, logits, pids)["wrt"] == WRTLoss()(features, pids)
+
+
+def test_pretrained_weights_that_cannot_be_had(monkeypatch):
+    import torchvision
+    from di2l.datasets import UserError
+
+    def offline(weights): raise OSError("network is unreachable")
+
+    monkeypatch.setattr(torchvision.models, "resnet50", offline)
+    with pytest.raises(UserError, match="weights=None"):
+        DI2L(5, weights="imagenet")
+
+
+def test_pretrained_weights_are_used(monkeypatch):
+    "What torchvision hands out ends up in the trunk and in both stems."
+    import torchvision
+
+    given_weights = torchvision.models.resnet18(weights=None)
+    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: given_weights if weights == "IMAGENET1K_V1" else pytest.fail("no weights asked for"))
+    net = DI2L(5, backbone="resnet18", weights="imagenet")
+    assert torch.equal(net.visible_stem[0].weight, given_weights.conv1.weight) and torch.equal(net.infrared_stem[0].weight, given_weights.conv1.weight)
+    assert torch.equal(net.stage3[0].conv1.weight, given_weights.layer3[0].conv1.weight)
