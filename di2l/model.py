@@ -70,7 +70,7 @@ def build_trunk(
     first.downsample[0].stride = (1, 1)
     return net
 
-# %% ../nbs/07_model.ipynb #e5b26994
+# %% ../nbs/07_model.ipynb #6a05abdb
 class DI2L(nn.Module):
     "Fig. 1: two stems, one trunk, non-local blocks after stages 2 and 3, DPA after stage 4, BN neck, classifier."
     def __init__(self,
@@ -108,16 +108,25 @@ class DI2L(nn.Module):
         x = torch.cat([stem(images) for stem, images in stems if images is not None])
         return self.stage4(self.non_local3(self.stage3(self.non_local2(self.stage2(self.stage1(x))))))
 
+    def embed(self,
+        visible=None,   # normalised images `(B,3,H,W)`, or None
+        infrared=None,  # normalised images `(B,3,H,W)`, or None
+    ):                  # features before and after the neck `(B,D)`, and logits `(B,K)`, all float32; visible rows first
+        "What training and retrieval both start from."
+        x = self.maps(visible, infrared)
+        with torch.autocast(x.device.type, enabled=False):
+            feature = self.dpa(x) if self.dpa else stripe_pool(x, 1, self.gem)[..., 0]        # (B,D)
+            after = self.neck(feature)
+            return feature, after, self.classifier(after)
+
     def forward(self,
         visible=None,   # normalised images `(B,3,H,W)`, or None
         infrared=None,  # normalised images `(B,3,H,W)`, or None
     ):                  # training: features `(B,D)` and logits `(B,K)`; evaluation: unit features `(B,D)`; visible rows first
-        x = self.maps(visible, infrared)
-        with torch.autocast(x.device.type, enabled=False):
-            feature = self.dpa(x) if self.dpa else stripe_pool(x, 1, self.gem)[..., 0]        # (B,D)
-            if not self.training and self.retrieve == "pool": return F.normalize(feature)
-            after = self.neck(feature)
-            return (feature, self.classifier(after)) if self.training else F.normalize(after)
+        "Training wants distances and classes, retrieval directions."
+        feature, after, logits = self.embed(visible, infrared)
+        if self.training: return feature, logits
+        return F.normalize(feature if self.retrieve == "pool" else after)
 
 def _width(stage):
     "Channels that come out of a stage."
