@@ -293,15 +293,15 @@ def gather(
     parts[dist.get_rank()] = rows
     return torch.cat(parts)[order]
 
-# %% ../nbs/08_train.ipynb #4f319f32
+# %% ../nbs/08_train.ipynb #2619392e
 @contextmanager
 def _statistics_left_alone(block):
     "Batch normalisation by the batch's statistics, the running ones untouched."
-    norms = [m for m in block.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in norms: m.track_running_stats = False
+    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    for m, *_ in norms: m.momentum, m.num_batches_tracked = 0.0, None
     try: yield
     finally:
-        for m in norms: m.track_running_stats = True
+        for m, momentum, count in norms: m.momentum, m.num_batches_tracked = momentum, count
 
 def recompute_blocks(
     network,  # changed in place
@@ -509,7 +509,7 @@ class Signals:
         self.caught = signal.Signals(number).name
         self.__exit__()
 
-# %% ../nbs/08_train.ipynb #e62fe9f5
+# %% ../nbs/08_train.ipynb #0d85bc15
 class Run:
     "A training run: network, optimiser, batches, and how far it is."
     def __init__(self,
@@ -607,14 +607,10 @@ class Run:
                     precision=self.precision, fingerprint=self.fingerprint, processes=self.world, versions=versions())
 
     def save(self):
-        "Write a checkpoint; `UserError` if the disk does not take it."
+        "Write a checkpoint."
         state = self.state()
         if self.rank: return
-        try: save_checkpoint(self.out / "checkpoints", self.step, self.network.state_dict(), dict(state, log=self.log.length()))
-        except OSError as e:
-            kept = [p.name for p in checkpoints(self.out / "checkpoints")]
-            raise UserError(f"the checkpoint of step {self.step} could not be written to {self.out / 'checkpoints'} ({e}). "
-                            f"{f'{kept[-1]} is intact' if kept else 'There is none before it'}; make room, then go on with --resume") from None
+        save_checkpoint(self.out / "checkpoints", self.step, self.network.state_dict(), dict(state, log=self.log.length()))
 
     def load(self):
         "Go to where the last checkpoint was; False if there is none."
@@ -686,7 +682,7 @@ def describe(
                 dataset=dict(name=c.dataset, root=str(c.root), trial=c.trial, fingerprint=run.fingerprint), versions=versions(),
                 device=device, precision=run.precision, processes=run.world, steps=run.total)
 
-# %% ../nbs/08_train.ipynb #9ccb2288
+# %% ../nbs/08_train.ipynb #3fe78032
 def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
@@ -712,8 +708,11 @@ def train(
     if run.rank == 0:
         run.log = Log(out, run.kept if resumed else 0, run.step, config.log == "tensorboard")
         write_whole(out / "config.json", json.dumps(about, indent=1).encode())
-    last = run.fit() if run.step < run.total else {}
-    return finish(run, last, say)
+    try: return finish(run, run.fit() if run.step < run.total else {}, say)
+    except OSError as e:
+        kept = [p.name for p in checkpoints(out / "checkpoints")]
+        raise UserError(f"step {run.step}: {out} cannot be written ({e}); {f'{kept[-1]} is intact' if kept else 'there was no checkpoint yet'}. "
+                        "Make room, then go on with --resume") from None
 
 def finish(
     run,   # `Run`, all steps done

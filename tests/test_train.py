@@ -1,0 +1,447 @@
+"Training: resumed to the bit, shared exactly, stopped in time, and every option does something."
+import csv, json, multiprocessing, os, random, resource, signal, subprocess, sys, time
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from di2l import model, train as T
+from di2l.datasets import UserError
+from di2l.synthetic import write_benchmark
+
+torch.set_num_threads(1)          # small images: a second thread gains nothing, and on a busy machine it costs
+
+SMALL = dict(size=(48, 24), ids=4, visible=2, infrared=2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    "The smallest embedded benchmark."
+    return str(write_benchmark(tmp_path_factory.mktemp("data") / "tiny", preset="tiny"))
+
+
+@pytest.fixture
+def small(tiny):
+    "A configuration that trains in a second."
+    return lambda **changes: T.config("quick", **{**SMALL, "root": tiny, "steps": 4, "save_every": 2, **changes})
+
+
+def files(run):
+    "What must be the same to the bit."
+    return (Path(run) / "model.safetensors").read_bytes(), (Path(run) / "log.csv").read_bytes()
+
+
+# --- fresh processes: forked from one that has imported everything and run nothing
+
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["di2l.train", "accelerate", "torchvision", "torch.utils.tensorboard"])
+
+
+def _child(config, out, fault):
+    "Train in a process of its own; `fault` is called first."
+    torch.set_num_threads(1)
+    if fault: fault()
+    try: T.train(config, out, resume=True, quiet=True)
+    except UserError as e:
+        print(e, file=sys.stderr, flush=True)
+        (Path(out).parent / "said.txt").write_text(str(e))
+        os._exit(3)
+
+
+def fresh(config, out, fault=None):
+    "A started process."
+    p = FRESH.Process(target=_child, args=(config, str(out), fault), daemon=True)
+    p.start()
+    return p
+
+
+class DieWriting:
+    "SIGKILL itself in the middle of the n-th file that is forced to the disk."
+    def __init__(self, n): self.n = n
+
+    def __call__(self):
+        def write(path, data, left=[self.n]):
+            left[0] -= 1
+            with open(path, "wb") as f:
+                if not left[0]:
+                    f.write(data[:len(data) // 2]); f.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                f.write(data); f.flush(); os.fsync(f.fileno())
+        T._write = write
+
+
+class DieRenaming(DieWriting):
+    "SIGKILL itself before the n-th folder is forced to the disk: just before or just after a rename."
+    def __call__(self):
+        def sync(path, left=[self.n]):
+            left[0] -= 1
+            if not left[0]: os.kill(os.getpid(), signal.SIGKILL)
+        T._sync = sync
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory):
+    "A configuration and the run of it that nobody disturbed."
+    c = T.config("quick", **{**SMALL, "root": tiny, "steps": 80, "save_every": 4})
+    out = tmp_path_factory.mktemp("alone") / "run"
+    p = fresh(c, out); p.join()
+    assert p.exitcode == 0
+    return c, out
+
+
+def kill_soon(p, out, rng):
+    "SIGKILL from outside: while it starts, or a moment after one of its next steps."
+    log, wait = out / "log.csv", rng.randint(0, 6)
+    lines = lambda: log.read_bytes().count(b"\n") if log.exists() else 0
+    if not wait: p.join(rng.uniform(0, 0.5))
+    began = lines()
+    while wait and p.is_alive() and not began < lines():           # a resume may cut the log first
+        began = min(began, lines()); time.sleep(0.002)
+    while wait and p.is_alive() and lines() < began + wait: time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05))
+    p.kill(); p.join()
+
+
+def test_killed_20_times_ends_with_the_same_bits(alone, tmp_path):
+    c, undisturbed = alone
+    rng, out, kills, inside = random.Random(0), tmp_path / "run", 0, 0
+    while kills < 21:
+        kind = kills % 3
+        fault = [None, DieWriting(rng.randint(2, 5)), DieRenaming(rng.randint(2, 4))][kind]     # the first file is config.json
+        p = fresh(c, out, fault)
+        if kind: p.join(60)
+        else: kill_soon(p, out, rng)
+        assert p.exitcode == -signal.SIGKILL, f"over after {kills} kills; give the run more steps"
+        kills, inside = kills + 1, inside + bool(kind)
+    assert inside == 14
+    p = fresh(c, out); p.join()
+    assert p.exitcode == 0
+    assert files(out) == files(undisturbed)
+    assert not [*out.rglob(".*writing*")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resuming_ends_with_the_same_bits(alone, tmp_path, number):
+    c, undisturbed = alone
+    out = tmp_path / "run"
+    p = fresh(c, out)
+    while not (out / "log.csv").exists() or (out / "log.csv").read_text().count("\n") < 8: time.sleep(0.02)
+    os.kill(p.pid, number); p.join()
+    assert p.exitcode == 3
+    said = (tmp_path / "said.txt").read_text()
+    assert said.startswith(signal.Signals(number).name) and "--resume" in said
+    saved = T.load_checkpoint(out / "checkpoints")[1]["step"]
+    assert f"after step {saved} of 80" in said
+    p = fresh(c, out); p.join()
+    assert files(out) == files(undisturbed)
+
+
+class SmallDisk:
+    "No file may grow beyond this many bytes from the second checkpoint on: writes fail as on a full disk."
+    def __call__(self):
+        save = T.save_checkpoint
+        def full(folder, step, *rest):
+            if step > 4: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+            return save(folder, step, *rest)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        T.save_checkpoint = full
+
+
+def test_a_full_disk_stops_with_a_message_and_leaves_the_last_checkpoint(alone, tmp_path):
+    c, undisturbed = alone
+    out = tmp_path / "run"
+    p = fresh(c, out, SmallDisk()); p.join()
+    assert p.exitcode == 3
+    said = (tmp_path / "said.txt").read_text()
+    assert "cannot be written" in said and "step-00000004 is intact" in said and "--resume" in said
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    p = fresh(c, out); p.join()
+    assert files(out) == files(undisturbed)
+
+
+def test_a_folder_that_cannot_be_written_is_said(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made"): T.train(small(), tmp_path / "file" / "run", quiet=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write read-only folders")
+def test_a_folder_that_turns_read_only_is_said(small, tmp_path, monkeypatch):
+    out, save = tmp_path / "run", T.save_checkpoint
+    def locked(folder, step, *rest):
+        if step > 2: os.chmod(folder, 0o555)
+        return save(folder, step, *rest)
+    monkeypatch.setattr(T, "save_checkpoint", locked)
+    with pytest.raises(UserError, match="step-00000002 is intact"): T.train(small(), out, quiet=True)
+    os.chmod(out / "checkpoints", 0o755)
+    assert T.load_checkpoint(out / "checkpoints")[1]["step"] == 2
+
+
+# --- the same seed, another seed
+
+def test_same_seed_same_bits_another_seed_other_weights(small, tmp_path):
+    a, b, other = (T.train(small(seed=s), tmp_path / name, quiet=True) for s, name in ((0, "a"), (0, "b"), (1, "c")))
+    assert files(a) == files(b)
+    assert files(a)[0] != files(other)[0] and files(a)[1] != files(other)[1]
+
+
+def test_a_run_leaves_its_record(small, tmp_path):
+    c = small(hold_out=True)
+    out = T.train(c, tmp_path / "run", quiet=True)
+    about, summary, log = json.loads((out / "config.json").read_text()), json.loads((out / "summary.json").read_text()), T.read_log(out)
+    assert about["config"] == json.loads(json.dumps(T.dataclasses.asdict(c)))
+    assert about["method"] == dict(name="di2l", **c.settings) and about["precision"] in ("fp32", "bf16") and about["processes"] == 1
+    assert log.step.tolist() == [0, 1, 2, 3] and np.allclose(log.focal + log.wrt, log.loss, rtol=1e-5)
+    assert summary["steps"] == 4 and summary["last"]["step"] == 3
+    net, info = model.load_network(out)
+    assert info["num_ids"] == about["num_ids"] == net.num_ids
+    whole = T.train(small(), tmp_path / "all", quiet=True)
+    assert json.loads((whole / "config.json").read_text())["num_ids"] > about["num_ids"]          # the held-out identities are not trained on
+
+
+def test_a_folder_with_a_run_is_not_trained_over(small, tmp_path):
+    out = T.train(small(), tmp_path / "run", quiet=True)
+    before = files(out)
+    with pytest.raises(UserError, match="holds a run already"): T.train(small(), out)
+    assert T.train(small(), out, resume=True, quiet=True) == out and files(out) == before
+    with pytest.raises(UserError, match="lr was 0.004 and is 0.1"): T.train(small(lr=0.1), out, resume=True)
+    (out / "summary.json").unlink()
+    with pytest.raises(UserError, match="lr was 0.004 and is 0.1; gamma was 2.0 and is 1.0"): T.train(small(lr=0.1, gamma=1), out, resume=True, quiet=True)
+
+
+def test_checkpoints_hold_no_code_and_two_are_kept(small, tmp_path):
+    out = T.train(small(steps=7), tmp_path / "run", quiet=True)
+    assert [p.name for p in T.checkpoints(out / "checkpoints")] == ["step-00000006", "step-00000007"]
+    state = torch.load(out / "checkpoints/step-00000007/state.pt", weights_only=True)
+    assert {"step", "epoch", "position", "optimiser", "lr", "random", "config", "versions", "scaler"} <= set(state)
+
+
+# --- numbers that go wrong
+
+@dataclass(frozen=True)
+class Sick(model.DI2LMethod):
+    "DI2L with a third loss term that turns bad at the third batch."
+    how: str = "nan"
+
+    def losses(self, features, logits, pids):
+        seen.append(0)
+        bad = features.sum() * (torch.nan if self.how == "nan" else torch.inf) if len(seen) == 3 and self.how != "gradient" else features.sum() * 0
+        if self.how == "gradient" and len(seen) == 3: bad = (features[0] * 0).square().sum().sqrt()        # 0, with an infinite derivative
+        return dict(super().losses(features, logits, pids), extra=bad)
+
+
+seen = []
+
+
+@pytest.mark.parametrize("how,term", [("nan", "extra"), ("inf", "extra"), ("gradient", "the gradient of")])
+def test_a_number_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch, how, term):
+    seen.clear()
+    monkeypatch.setitem(model.METHODS, "sick", Sick)
+    c = small(method="sick", how=how)
+    with pytest.raises(T.NonFinite, match=f"step 2: {term}"): T.train(c, tmp_path / "run", quiet=True)
+    note = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    run = T.Run(small(), tmp_path / "other")
+    assert note["visible_rows"] == [run.batches.rows(0)[0][2].tolist()] and note["infrared_rows"] == [run.batches.rows(0)[1][2].tolist()]
+    assert T.load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 2
+
+
+# --- several processes
+
+SHARED = """
+import sys, json, torch
+from di2l import train as T
+run = T.Run(T.config("quick", **json.loads(sys.argv[2])), "unused")
+for m in run.network.modules():
+    if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
+scalars = run.forward_backward(0, 1)
+if run.rank == 0: torch.save(dict(scalars=scalars, gradients={n: p.grad for n, p in run.network.named_parameters() if p.grad is not None}), sys.argv[1])
+"""
+
+
+def launch(world, *words):
+    "Run python in `world` gloo processes."
+    port = 20000 + os.getpid() % 20000 + world
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(port), *words]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_2_and_4_processes_compute_what_one_does(small, tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    words = json.dumps({**SMALL, "root": small().root, "precision": "fp32", "ids": 8})
+    results = []
+    for world in 1, 2, 4:
+        launch(world, str(script), str(tmp_path / f"{world}.pt"), words)
+        results.append(torch.load(tmp_path / f"{world}.pt"))
+    one = results[0]
+    assert max(g.abs().max() for g in one["gradients"].values()) > 0.01
+    for many in results[1:]:
+        for name in one["scalars"]: torch.testing.assert_close(many["scalars"][name], one["scalars"][name], rtol=1e-6, atol=1e-6)
+        assert one["gradients"].keys() == many["gradients"].keys()
+        for name in one["gradients"]: torch.testing.assert_close(many["gradients"][name], one["gradients"][name], rtol=0, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+def test_2_processes_train_and_resume(small, tmp_path):
+    words = [f"--{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in {**SMALL, "root": small().root, "save_every": 2}.items()]
+    script = tmp_path / "command.py"
+    script.write_text("import os, sys\nfrom di2l import train as T\nif os.environ.get('HALF'): T.Run.fit = (lambda fit: lambda self: (setattr(self, 'total', 4), fit(self)))(T.Run.fit)\nT.main(sys.argv[1:])\n")
+    launch(2, str(script), "--out", str(tmp_path / "a"), "--steps=6", *words)
+    import shutil
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for name in ("model.safetensors", "summary.json"): (tmp_path / "b" / name).unlink()
+    shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
+    launch(2, str(script), "--out", str(tmp_path / "b"), "--steps=6", "--resume", *words)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert json.loads((tmp_path / "a/summary.json").read_text())["processes"] == 2
+
+
+def test_shares_are_the_samplers_and_disjoint(small):
+    from di2l.datasets import IdentitySampler
+    run = T.Run(small(), "unused")
+    visible, infrared = (r[0] for r in run.batches.rows(0))
+    for world in 2, 4:
+        own, order = T.shares(run.method.copies, len(visible), len(infrared), world)
+        for rank, (v, i) in enumerate(own):
+            shard = IdentitySampler(run.dataset.train, 4, 2, 2, seed=0, rank=rank, world=world).epoch(0)[0]
+            assert visible.repeat(2)[v].tolist() == [*shard[0], *shard[0]] and infrared[i].tolist() == shard[1].tolist()
+        assert sorted(torch.cat([v for v, _ in own]).tolist()) == list(range(2 * len(visible)))
+    with pytest.raises(UserError, match="ids = 4 cannot be shared by 3"): T.Batches(run.c, run.method, run.dataset, None, run.device, 0, 3)
+
+
+# --- what the options do
+
+CHANGES = [dict(optimiser="sgd"), dict(lr=1e-3), dict(head_lr=3), dict(weight_decay=0.5), dict(schedule="steps"), dict(warmup=0.5), dict(clip=0.01), dict(seed=3),
+           dict(precision="fp32"), dict(precision="bf16"), dict(accumulate=2), dict(ids=3), dict(visible=3), dict(infrared=3), dict(size=(40, 24)), dict(hold_out=True), dict(steps=5),
+           dict(method="caj"), dict(erase=0.9)]
+
+
+@pytest.fixture(scope="module")
+def base(tiny, tmp_path_factory):
+    "Weights that a two-step run ends with."
+    def weights(**changes):
+        c = T.config("quick", **{**SMALL, "root": tiny, "steps": 2, **changes})
+        return (T.train(c, tmp_path_factory.mktemp("option") / "run", quiet=True) / "model.safetensors").read_bytes()
+    return weights, weights()
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()))
+def test_every_option_changes_something(base, change):
+    weights, plain = base
+    if change in (dict(precision="fp32"), dict(precision="bf16")) and T.choose_precision(T.config("quick"), torch.device("cpu")) == change["precision"]: pytest.skip("what auto stands for here")
+    assert weights(**change) != plain
+
+
+def test_sgd_options_change_something(base):
+    weights, _ = base
+    sgd = weights(optimiser="sgd")
+    assert weights(optimiser="sgd", momentum=0.5) != sgd
+    steps = weights(optimiser="sgd", schedule="steps", epochs=2, steps=0)
+    assert weights(optimiser="sgd", schedule="steps", epochs=2, steps=0, milestones=(1,)) != steps
+    assert weights(optimiser="sgd", schedule="steps", epochs=1, steps=0) != steps
+
+
+def test_accumulation_averages_gradients(small):
+    run = T.Run(small(accumulate=2), "unused")
+    norms = [m for m in run.network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms: m.eval()
+    grads = []
+    for batch in 0, 1:
+        run.stepper.zero_grad()
+        run.forward_backward(0, batch)
+        grads.append([p.grad.clone() * 2 for p in run.network.parameters() if p.grad is not None])
+    run.one_step()
+    for p, a, b in zip((p for p in run.network.parameters() if p.grad is not None), *grads): torch.testing.assert_close(p.grad, (a + b) / 2)
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(small, base):
+    weights, _ = base
+    assert weights(checkpointing=True, precision="fp32") == weights(precision="fp32")
+    kept = []
+    for on in False, True:
+        run, total = T.Run(small(checkpointing=on), "unused"), 0
+        def note(t):
+            nonlocal total; total += t.numel() * t.element_size(); return t
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): run.forward_backward(0, 0)
+        kept.append(total)
+    assert kept[1] < kept[0]
+
+
+def test_compile_compiles(small, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda net: asked.append(net) or net)
+    T.train(small(compile=True, steps=1), tmp_path / "run", quiet=True)
+    assert len(asked) == 1
+
+
+def test_tensorboard_shows_the_csvs_numbers(small, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    out = T.train(small(log="tensorboard"), tmp_path / "run", quiet=True)
+    events = EventAccumulator(str(out / "tensorboard")); events.Reload()
+    assert np.allclose([e.value for e in events.Scalars("loss")], T.read_log(out).loss)
+
+
+# --- configuration
+
+def test_presets():
+    paper = T.config("paper-sysu")
+    assert (paper.lr, paper.epochs, paper.milestones, paper.size, paper.ids, paper.visible, paper.infrared, paper.optimiser) == (0.01, 120, (20, 50), (288, 144), 8, 4, 4, "sgd")
+    assert T.config("paper-regdb").dataset == "regdb"
+    caj, agw = T.config("caj"), T.config("agw")
+    for c in caj, agw: assert (c.lr * c.head_lr, c.lr, c.momentum, c.weight_decay, c.warmup) == (pytest.approx(0.1), 0.01, 0.9, 5e-4, 10)
+    assert caj.settings["rca"] and caj.settings["squared"] and not agw.settings["rca"] and not agw.settings["squared"]
+    assert set(T.SOURCES) == {f.name for f in fields(T.Config)}
+    for c in paper, caj, agw:
+        text = T.show_config(c)
+        for f in fields(c): assert f.name in text or f.name == "settings"
+        for name in c.settings: assert f"{c.method}.{name}" in text
+
+
+def test_baselines_learning_rate_is_the_published_one():
+    c = T.config("agw")
+    published = lambda e: 0.01 * ((e + 1) / 10 if e < 10 else 1 if e < 20 else 0.1 if e < 50 else 0.01)
+    for e in range(81):
+        for step in (0, 395): assert c.lr * T.learning_rate(c, e * 396 + step, 396, 81 * 396) == pytest.approx(published(e))
+
+
+def test_heads_learn_at_their_own_rate(small):
+    run = T.Run(small(head_lr=10.0, lr=1e-3), "unused")
+    rates = {id(p): g["rate"] for g in run.optimiser.param_groups for p in g["params"]}
+    for name, p in run.network.named_parameters():
+        if p.requires_grad: assert rates[id(p)] == pytest.approx(1e-2 if name.startswith(("neck.", "classifier.")) else 1e-3)
+    assert len(rates) == sum(p.requires_grad for p in run.network.parameters())
+
+
+@pytest.mark.parametrize("change,said", [
+    (dict(gama=1), "did you mean 'gamma'"), (dict(learning_rate=1), "no option"), (dict(lr="fast"), "lr = 'fast' is not a number"), (dict(lr=True), "not a number"),
+    (dict(ids=2.5), "whole number"), (dict(ids=1), "2 or more"), (dict(lr=0), "above 0"), (dict(lr=float("nan")), "above 0"), (dict(size=(96,)), "height and width"),
+    (dict(schedule="cosin"), "did you mean 'cosine'"), (dict(method="cja"), "did you mean 'caj'"), (dict(epochs=0, steps=0), "1 or more"),
+    (dict(compile="perhaps"), "true or false"), (dict(weight_decay=-1), "0 or more"), (dict(gamma="two"), "gamma = 'two' is not a number")])
+def test_a_wrong_option_is_an_error_that_helps(change, said):
+    with pytest.raises(UserError, match=said): T.config("quick", **change)
+
+
+def test_text_is_read_as_the_fields_type():
+    c = T.config("quick", lr="1e-2", size="144x72", milestones="5,9", compile="true", gamma="0", wrt_scale="none", hold_out=True)
+    assert (c.lr, c.size, c.milestones, c.compile, c.settings["gamma"], c.settings["wrt_scale"]) == (0.01, (144, 72), (5, 9), True, 0.0, None)
+
+
+def test_command_line(small, tmp_path, capsys):
+    words = ["--root", small().root, "--size", "48x24", "--ids", "4", "--visible", "2", "--infrared", "2", "--device", "cpu", "--steps", "2"]
+    T.main(["--preset", "quick", "--out", str(tmp_path / "run"), "--json", str(tmp_path / "s.json"), "--gamma", "0", *words])
+    assert json.loads((tmp_path / "s.json").read_text())["steps"] == 2
+    printed = capsys.readouterr().out
+    assert "di2l.gamma 0.0" in printed and "1 process" in printed and "model.safetensors" in printed
+    for wrong in (["--gama", "0"], ["--preset", "quik"], ["--root", str(tmp_path / "nowhere")], []):
+        with pytest.raises(SystemExit) as stop: T.main(["--out", str(tmp_path / "run"), *words, *wrong])
+        said = capsys.readouterr().err
+        assert stop.value.code == 1 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as stop: T.main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for f in (*fields(T.Config), *fields(model.DI2LMethod)): assert f"--{f.name} " in text or f.name == "settings"
