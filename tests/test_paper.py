@@ -82,7 +82,7 @@ def fake_record(name, data_seed, seed):
     if name.startswith("rho-"): level = 50 + 20 * float(name.split("-")[1]) + seed + 2 * name.endswith("focal") + 0.1 * seed * name.endswith("focal")
     metrics = lambda x: {k: (x + d) / 100 for k, d in dict(rank1=0, rank10=10, rank20=15, mAP=-5, mINP=-20).items()}
     shots = {f"infrared→visible {m} {s}-shot": metrics(level + 4 * (s == "multi")) for m in ("all", "indoor") for s in ("single", "multi")}
-    both = {f"{d}": metrics(level) for d in ("infrared→visible", "visible→infrared")}
+    both = {f"{d} all": metrics(level) for d in ("infrared→visible", "visible→infrared")}
     sure = dict(visible=dict(confidence=0.9, accuracy=1.0), infrared=dict(confidence=0.8 + 0.02 * name.endswith("focal") + 0.001 * seed, accuracy=0.95))
     return dict(name=name, identity=experiments.identity(experiments.experiment(name), data_seed, seed), metrics=both if name.startswith("regdb") else shots,
                 within=dict(visible={"rank-1": level + 10}, infrared={"rank-1": level - 10 + seed}), confidence=sure)
@@ -136,6 +136,15 @@ def test_table1_shows_means_and_deviations_of_the_records(table1):
     assert set(cells.loc["DDAG"]) == {"–"}
     assert list(space["states"][[7, 13]]) == ["not built yet", "10 + 6 runs"]
     assert (root / "figures" / "table1_margins.png").exists()
+
+
+def test_protocols_of_table1_are_those_of_the_datasets(table1):
+    import pandas as pd
+    from di2l import datasets, experiments
+    regdb = pd.DataFrame(dict(pid=[1, 1], cam=[1, 2], modality=["visible", "infrared"], frame=1, split="test"))
+    sysu = pd.DataFrame(dict(pid=[1, 1], cam=[1, 3], modality=["visible", "infrared"], frame=1, split="test"))
+    made = dict(single=datasets.sysu_protocol(sysu, "all", 1), multi=datasets.sysu_protocol(sysu, "all", 10), regdb=datasets.regdb_protocol(regdb, "infrared→visible"))
+    assert {k: experiments.label(p.about) for k, p in made.items()} == table1[0]["PROTOCOLS"]
 
 
 def test_table1_says_that_no_dataset_was_found(table1):
