@@ -9,11 +9,11 @@ __all__ = ['VERSION', 'PRESETS', 'SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNE
            'Person', 'draw_size', 'draw_wear', 'draw_pattern', 'draw_person', 'profile', 'Part', 'pose_legs',
            'leg_parts', 'arm_parts', 'head_parts', 'torso_parts', 'bag_parts', 'body', 'View', 'project', 'Buffers',
            'ellipse', 'rasterise', 'arc', 'wave', 'pattern_mix', 'Surface', 'around', 'wear_details', 'surface',
-           'place', 'Camera', 'optics', 'Scene', 'stage', 'obstacle', 'crop_place', 'shrink', 'soften', 'develop',
-           'materials', 'finish', 'see_visible', 'see_infrared', 'coarse', 'see_thermal', 'render', 'settings_for',
-           'check', 'splits', 'cameras_of', 'image_path', 'encode', 'write_identity', 'write_lists', 'regdb_lists',
-           'fingerprint', 'digest', 'already_there', 'write_images', 'room', 'write_benchmark', 'whole', 'option',
-           'main']
+           'soft_colour', 'Panorama', 'place', 'Camera', 'optics', 'Scene', 'stage', 'shadow', 'obstacle', 'crop_place',
+           'shrink', 'soften', 'develop', 'materials', 'finish', 'see_visible', 'see_infrared', 'coarse', 'see_thermal',
+           'render', 'settings_for', 'check', 'splits', 'cameras_of', 'image_path', 'encode', 'write_identity',
+           'write_lists', 'regdb_lists', 'fingerprint', 'digest', 'already_there', 'write_images', 'room',
+           'write_benchmark', 'whole', 'option', 'main']
 
 # %% ../nbs/01_synthetic.ipynb #39eaeee9
 import argparse, difflib, hashlib, io, json, math, multiprocessing, os, shutil, sys, tempfile, warnings
@@ -28,8 +28,8 @@ from PIL import Image
 
 from .datasets import UserError, progress
 
-# %% ../nbs/01_synthetic.ipynb #806e742f
-VERSION = "1"  # of the generator: any change of the pixels raises it
+# %% ../nbs/01_synthetic.ipynb #760194d3
+VERSION = "2"  # of the generator: any change of the pixels raises it
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,7 +62,7 @@ PRESETS = {
                       images=10, test_infrared=10, heading=30.0, missing=0.0),
 }
 
-# %% ../nbs/01_synthetic.ipynb #5ea86d0a
+# %% ../nbs/01_synthetic.ipynb #3cc9db3f
 SKIN, HAIR, HAT, UPPER, SLEEVE, INNER, LOWER, SHOES, BAG = range(9)  # slots for materials
 SLOTS = 9
 PLAIN, BANDS, PINSTRIPES, CHECKS, DOTS, BLOCK, DIAGONAL, LOGO, SIDES = range(9)  # patterns
@@ -80,7 +80,7 @@ def draw_colour(
     "A colour of cloth: a third are greys, the rest are coloured; dark ones are commoner."
     value = 0.03 + 0.85 * rng.random() ** 1.6
     if rng.random() < 0.3: return np.full(3, value)
-    hue, sat = 6 * rng.random(), 0.45 + 0.5 * rng.random()
+    hue, sat = 6 * rng.random(), 0.35 + 0.5 * rng.random()
     ramp = np.array([abs(hue - 3) - 1, 2 - abs(hue - 2), 2 - abs(hue - 4)]).clip(0, 1)
     return max(value, 0.08) * (1 - sat * (1 - ramp))
 
@@ -172,12 +172,12 @@ def draw_person(
     heat[UPPER] = heat[SLEEVE] = dict(tee=29.5, shirt=28.5, vest=27, jacket=26, hoodie=26.5, coat=24.5)[wear["upper"]] + rng.uniform(-1, 1)
     return Person(size, wear, rgb, nir, heat, pattern)
 
-# %% ../nbs/01_synthetic.ipynb #7b031f7c
-KNOTS = np.linspace(0, 1, 33)
+# %% ../nbs/01_synthetic.ipynb #375f03a9
+KNOTS = np.linspace(0, 1, 65)
 
 def profile(
     *points: tuple,  # (place along the part, half width in metres), places rising from 0 to 1
-) -> np.ndarray:  # half width at 33 places (33,)
+) -> np.ndarray:  # half width at 65 places (65,)
     "Half width along a part, drawn through `points`."
     t, w = zip(*points)
     return np.interp(KNOTS, t, w).astype(np.float32)
@@ -188,7 +188,7 @@ class Part:
     "A piece of body or cloth: ellipses swept from `a` to `b`."
     a: tuple              # start (x to the person's side, y up, z forward), metres
     b: tuple              # end
-    width: np.ndarray     # half width from a to b, metres (33,)
+    width: np.ndarray     # half width from a to b, metres (65,)
     slot: int             # material
     flat: float = 1.0     # depth of the ellipses over their width
     caps: tuple = (1, 1)  # length of the rounded ends over the half width there; 0 cuts the end flat
@@ -197,6 +197,7 @@ class Part:
     start: float = 0.0    # metres of pattern before `a`, so that a pattern goes on from the part above
     turn: float = 0.0     # turned about the vertical against the body, radians
     around: float = 0.15  # radius that turns an angle into metres of pattern
+    name: str = ""        # "torso" and "head" carry details
 
 
 def pose_legs(
@@ -247,18 +248,18 @@ def arm_parts(
 ) -> list:  # of Part, the two hands' places last
     "Upper arms, forearms and hands, swinging against the legs."
     size, wear, parts, hands = person.size, person.wear, [], []
-    w, loose = .82 * size["limb"], dict(jacket=1.35, coat=1.4, hoodie=1.4).get(wear["upper"], 1.12)
+    w, loose = .82 * size["limb"], dict(jacket=1.25, coat=1.3, hoodie=1.3).get(wear["upper"], 1.1)
     short = wear["upper"] == "tee"; bare = wear["upper"] == "vest"
     for side in (1, -1):
         still = wear["bag"] in ("tote",) and side == wear["side"]
         swing = 0.05 if still else -0.8 * stride * math.sin(phase) * side
         bend = 0.1 if still else 0.25 + 0.5 * max(0.0, swing)
-        shoulder = (side * (size["shoulder"] - .3 * w), top - .02, 0)
+        shoulder = (side * (size["shoulder"] - .25 * w), top - .035, 0)
         reach = math.sin(.10 + .06 * size["build"])
         elbow = (shoulder[0] + side * size["arm"] * reach, shoulder[1] - size["arm"] * math.cos(swing), size["arm"] * math.sin(swing))
         wrist = (elbow[0] + side * .01, elbow[1] - size["forearm"] * math.cos(swing + bend), elbow[2] + size["forearm"] * math.sin(swing + bend))
         hands.append((side, wrist))
-        parts.append(Part(shoulder, elbow, profile((0, 1.45 * w * (1 if bare else loose)), (1, w * (1 if bare else loose))), SKIN if bare else SLEEVE,
+        parts.append(Part(shoulder, elbow, profile((0, 1.15 * w * (1 if bare else loose)), (.3, 1.2 * w * (1 if bare else loose)), (1, w * (1 if bare else loose))), SKIN if bare else SLEEVE,
                           cut=.62 if short else 2, below=SKIN, around=.07))
         parts.append(Part(elbow, wrist, profile((0, w * (1 if bare or short else loose)), (1, .8 * w * (1 if bare or short else loose))),
                           SKIN if bare or short else SLEEVE, start=size["arm"], around=.07))
@@ -274,17 +275,17 @@ def head_parts(
 ) -> list:  # of Part
     "Neck, head, hair and hat."
     wear, r = person.wear, person.size["head"]
-    chin, crown = top + .55 * r, top + 2.9 * r
+    chin, crown, sin, cos = top + .55 * r, top + 2.9 * r, math.sin(turn), math.cos(turn)
     egg = profile((0, .38 * r), (.12, .62 * r), (.35, .82 * r), (.6, .88 * r), (.8, .78 * r), (.92, .52 * r), (1, .25 * r))
     parts = [Part((0, top - .05, -.01), (0, chin + .3 * r, .01), profile((0, .6 * r), (1, .5 * r)), SKIN),
-             Part((0, chin, .25 * r), (0, crown, .1 * r), egg, SKIN, flat=1.15, caps=(.4, .3), turn=turn)]
+             Part((0, chin, .25 * r), (0, crown, .1 * r), egg, SKIN, flat=1.15, caps=(.4, .3), turn=turn, name="head")]
     if wear["hair"] in ("bob", "long"):
         low = top - (.28 if wear["hair"] == "long" else -.35 * r)
         parts.append(Part((0, crown + .08 * r, -.2 * r), (0, low, -.45 * r), profile((0, .6 * r), (.2, 1.08 * r), (.6, 1.1 * r), (1, .75 * r)), HAIR, flat=.72, caps=(.6, .3)))
     if wear["hair"] == "bun": parts.append(Part((0, crown - .5 * r, -1.05 * r), (0, crown - .3 * r, -1.15 * r), profile((0, .45 * r), (1, .45 * r)), HAIR))
     if wear["hat"] in ("cap", "beanie"):
         parts.append(Part((0, crown - .95 * r, .05 * r), (0, crown + .12 * r, 0), profile((0, .98 * r), (.5, .95 * r), (.85, .65 * r), (1, .4 * r)), HAT, flat=1.12, caps=(.1, .3)))
-    if wear["hat"] == "cap": parts.append(Part((0, crown - .85 * r, .8 * r), (0, crown - .95 * r, 1.7 * r), profile((0, .7 * r), (1, .5 * r)), HAT, caps=(.3, .2), flat=.3))
+    if wear["hat"] == "cap": parts.append(Part((.8 * r * sin, crown - .85 * r, .8 * r * cos), (1.7 * r * sin, crown - .95 * r, 1.7 * r * cos), profile((0, .7 * r), (1, .5 * r)), HAT, caps=(.3, .2), flat=.3))
     if wear["hat"] == "brim":
         parts.append(Part((0, crown - .8 * r, 0), (0, crown + .25 * r, 0), profile((0, .95 * r), (1, .7 * r)), HAT, flat=1.1, caps=(0, .3)))
         parts.append(Part((0, crown - .9 * r, 0), (0, crown - .78 * r, 0), profile((0, 1.75 * r), (1, 1.6 * r)), HAT, flat=1.1, caps=(0, 0)))
@@ -299,19 +300,19 @@ def torso_parts(
     "Torso with its garment; skirts and coats hang from the waist and are cut flat at the hem."
     s, wear = person.size, person.wear
     loose = wear["loose"] * dict(jacket=1.06, coat=1.1, hoodie=1.1).get(wear["upper"], 1.0)
-    top, low = hip + s["torso"], hip - .05 * s["height"]
+    top, low = hip + s["torso"], hip - .012 * s["height"]
     trunk = profile((0, .36 * s["shoulder"]), (.05, .62 * s["shoulder"]), (.11, .93 * s["shoulder"]), (.2, s["shoulder"]), (.36, s["chest"] * loose),
-                    (.62, s["waist"] * loose), (.84, s["hip"] * (loose + 1) / 2), (.97, .93 * s["hip"]), (1, .8 * s["hip"]))
-    parts = [Part((0, top + .035 * s["height"], 0), (0, low, 0), trunk, UPPER, flat=.62, caps=(.1, .35), cut=wear["hem"] * .93, below=LOWER, around=.16)]
-    sway, waist = .35 * (legs[0][1][2] + legs[1][1][2]), hip + .09 * s["height"]
+                    (.62, s["waist"] * loose), (.84, s["hip"] * (loose + 1) / 2), (.95, .95 * s["hip"]), (1, .86 * s["hip"]))
+    parts = [Part((0, top + .035 * s["height"], 0), (0, low, 0), trunk, UPPER, flat=.62, caps=(.1, .2), cut=wear["hem"] * .95, below=LOWER, around=.16, name="torso")]
+    sway, waist = .5 * (legs[0][1][2] + legs[1][1][2]), hip + .09 * s["height"]
     length = dict(skirt=.33, longskirt=.56).get(wear["lower"], 0) + .02
-    knees = max(abs(legs[0][1][2] - legs[1][1][2]) / 2, .05)
+    stretch = lambda joint: abs(legs[0][joint][2] - legs[1][joint][2]) / 2 + 2.3 * s["limb"]
     if "skirt" in wear["lower"]:
-        flare = max(1.12 * s["hip"], .9 * knees + s["limb"])
-        parts.append(Part((0, waist, 0), (0, waist - length * s["height"], sway), profile((0, .98 * s["waist"]), (.35, 1.08 * s["hip"]), (1, flare * 1.15)), LOWER, flat=.8, caps=(0, 0)))
+        hem = max(1.2 * s["hip"], stretch(2 if wear["lower"] == "longskirt" else 1))
+        parts.append(Part((0, waist, 0), (0, waist - length * s["height"], sway), profile((0, .98 * s["waist"]), (.35, 1.1 * s["hip"]), (1, hem)), LOWER, flat=.9, caps=(0, 0)))
     if wear["upper"] == "coat":
-        parts.append(Part((0, waist, 0), (0, waist - .40 * s["height"], sway), profile((0, 1.03 * s["waist"] * loose), (.35, 1.14 * s["hip"]), (1, max(1.25 * s["hip"], .9 * knees + s["limb"]))),
-                          UPPER, flat=.78, caps=(0, 0), start=s["torso"] - .05 * s["height"], around=.16))
+        parts.append(Part((0, waist, 0), (0, waist - .40 * s["height"], sway), profile((0, 1.03 * s["waist"] * loose), (.35, 1.16 * s["hip"]), (1, max(1.28 * s["hip"], stretch(1)))),
+                          UPPER, flat=1.0, caps=(0, 0), start=s["torso"] - .05 * s["height"], around=.16))
     return parts, top
 
 
@@ -343,13 +344,14 @@ def body(
     turn: float,      # of the head, radians
 ) -> list:  # of Part, torso first
     "All parts of a person in one pose."
-    stride = .42 * walk * person.size["stride"]
+    free = .5 if person.wear["lower"] == "longskirt" else .8 if person.wear["lower"] == "skirt" or person.wear["upper"] == "coat" else 1.0
+    stride = .42 * walk * person.size["stride"] * free
     hip, legs = pose_legs(person.size, phase, stride)
     torso, top = torso_parts(person, hip, legs)
     arms, hands = arm_parts(person, top, phase, stride)
     return torso + leg_parts(person, legs) + arms + head_parts(person, top, turn) + bag_parts(person, hip, top, hands)
 
-# %% ../nbs/01_synthetic.ipynb #c7b297f1
+# %% ../nbs/01_synthetic.ipynb #2498c700
 @dataclass
 class View:
     "Where a person stands before the camera."
@@ -422,7 +424,7 @@ def rasterise(
     t = X * np.float32(ux / length) + Y * np.float32(uy / length)
     across = X * np.float32(uy) - Y * np.float32(ux)
     tc = np.minimum(np.maximum(t, 0), 1)
-    w = (wide * np.float32(seen))[(tc * 32 + np.float32(.5)).astype(np.intp)]
+    w = (wide * np.float32(seen))[(tc * 64 + np.float32(.5)).astype(np.intp)]
     over = t - tc
     cap = [np.float32(length / max(float(wide[i]) * c, 1e-3)) for i, c in ((0, part.caps[0]), (-1, part.caps[1]))]
     over = np.where(over < 0, over * cap[0], over * cap[1])
@@ -448,7 +450,7 @@ def arc(
     p = np.sqrt(1 - a) * (1.5707288 + a * (-0.2121144 + a * (0.0742610 - a * 0.0187293)))
     return np.where(s < 0, np.float32(math.pi) - p, p).astype(np.float32)
 
-# %% ../nbs/01_synthetic.ipynb #9d770978
+# %% ../nbs/01_synthetic.ipynb #6639e891
 def wave(
     x: np.ndarray,  # periods
 ) -> np.ndarray:  # place within the period, [0, 1)
@@ -521,7 +523,7 @@ def wear_details(
     if wear["bag"] == "shoulder":
         line = .5 + .5 * wear["side"] * angle * np.where(front, 1, -1) * .8
         slot[on & (np.abs(t / .9 - line) < .06)] = BAG
-    if wear["bag"] == "none" or wear["upper"] in ("shirt", "tee"): slot[on & (a < .8) & (t < .06 + .04 * (a < .4))] = SKIN
+    if wear["bag"] == "none" or wear["upper"] in ("shirt", "tee"): slot[on & (a < .8) & (t < .04 + .06 * np.maximum(1 - a / .8, 0))] = SKIN
     face, tint = k == head, np.ones(len(t), np.float32)
     if wear["hair"] != "bald": slot[face & ((a > 1.25) | (t > .8)) & ((t > .25) | (a > 2))] = HAIR
     if wear["beard"]: slot[face & (t < .28) & (a < 1.3)] = HAIR
@@ -552,45 +554,99 @@ def surface(
         tint = tint * wear_details(person, heads[i][0], k, heads[i][1], t, angle, slot)
         for m in np.flatnonzero(person.pattern[:, 0]):
             on = np.flatnonzero((who == i) & (slot == m))
-            if len(on): mix[on] = pattern_mix(*person.pattern[m], u[on], v[on])
+            if len(on): mix[on] = pattern_mix(*person.pattern[m].tolist(), u[on], v[on])
     return Surface(pixels, slot + SLOTS * who, mix, axes.astype(np.float32)[k], s, c, tint.astype(np.float32))
 
-# %% ../nbs/01_synthetic.ipynb #aa4cbd47
+# %% ../nbs/01_synthetic.ipynb #962537e9
+def soft_colour(
+    rng: np.random.Generator,  # source of randomness
+) -> np.ndarray:  # linear RGB reflectance (3,)
+    "A colour of walls and floors: mostly grey."
+    return .12 + .6 * (draw_colour(rng) * .35 + rng.uniform(.1, .8) * .65)
+
+
+class Panorama:
+    "A picture of a place under construction: linear RGB, near-infrared reflectance, metres behind the person, °C."
+    def __init__(self,
+        unit: int,                 # pixels a metre
+        rng: np.random.Generator,  # source of randomness
+    ):
+        self.unit, self.rng, self.floor = unit, rng, 2.35
+        self.pixels = np.zeros((int(3.2 * unit), int(8 * unit), 6), np.float32)
+
+    def box(self,
+        top: float, bottom: float, left: float, right: float,  # metres
+        rgb: np.ndarray,   # linear reflectance (3,)
+        depth: float,      # metres behind the person
+        nir: float = None, # reflectance, drawn if not given
+        heat: float = None, # °C, drawn if not given
+    ):
+        "Paint a rectangle."
+        rows, cols = (slice(max(int(lo * self.unit), 0), max(int(hi * self.unit), 0)) for lo, hi in ((top, bottom), (left, right)))
+        nir, heat = (self.rng.uniform(.1, .8) if nir is None else nir), (self.rng.uniform(15, 22) if heat is None else heat)
+        self.pixels[rows, cols] = [*rgb, nir, depth, heat]
+
+    def wall(self):
+        "Panels, doors and windows with their frames, and a skirting."
+        rng, at = self.rng, 0.0
+        self.box(0, 3.2, 0, 8, soft_colour(rng), 2.2)
+        while at < 8:
+            w, top = rng.uniform(.25, 1.3), rng.choice([0, .3, .8, 1.3])
+            self.box(top, self.floor, at, at + w, soft_colour(rng), rng.uniform(1.2, 3))
+            if rng.random() < .6:
+                y, h, frame = top + .2 * w, rng.uniform(.2, .9), soft_colour(rng) * .4
+                self.box(y, y + h, at + .15 * w, at + .85 * w, frame, 2)
+                self.box(y + .04, y + h - .04, at + .15 * w + .04, at + .85 * w - .04, soft_colour(rng), 2.2)
+            at += w + rng.uniform(0, .4)
+        self.box(self.floor - .08, self.floor, 0, 8, soft_colour(rng) * .4, 2)
+
+    def ground(self):
+        "Tiles that come nearer towards the lower edge."
+        rng, P, floor = self.rng, self.pixels, int(self.floor * self.unit)
+        self.box(self.floor, 3.2, 0, 8, soft_colour(rng), 1, heat=18)
+        y = (np.arange(len(P) - floor, dtype=np.float32) / self.unit)[:, None]
+        x, tile = np.arange(P.shape[1], dtype=np.float32)[None] / self.unit, rng.uniform(.25, .6)
+        P[floor:][(wave(x / tile + .2 * y) < .06) | (wave(y / tile * 2.2) < .1), :4] *= .6
+        P[floor:, :, 4] = np.maximum(2.0 - 2.2 * y, -.3)
+
+    def leaves(self):
+        "Shrubs: dark green, yet bright in near infrared, as leaves are."
+        rng, P = self.rng, self.pixels
+        noise = rng.random((len(P) // 3 + 1, P.shape[1] // 3 + 1)).repeat(3, 0).repeat(3, 1)[:len(P), :P.shape[1]]
+        for _ in range(5):
+            y, x, r = rng.uniform(.6, 2.3), rng.uniform(0, 8), rng.uniform(.3, .7)
+            yy, xx = (np.arange(n) / self.unit for n in P.shape[:2])
+            on = ((yy[:, None] - y) ** 2 + (xx[None] - x) ** 2 < r * r * (.5 + noise))
+            P[on] = [.05, .12, .03, .75, 1.6, 17]
+            P[on & (noise > .6), :3] *= 1.7
+
+    def clutter(self):
+        "Bins, boxes, chairs and bicycles, as far as their shapes go: things that stand about."
+        rng = self.rng
+        for _ in range(14):
+            w, h, at, foot = rng.uniform(.1, .6), rng.uniform(.2, 1.1), rng.uniform(0, 8), self.floor + rng.uniform(0, .25)
+            rgb = soft_colour(rng) if rng.random() < .5 else draw_colour(rng)
+            self.box(foot - h, foot, at, at + w, rgb, .9, heat=rng.uniform(15, 26))
+            self.box(foot - h, foot - h + .05, at, at + w, np.minimum(rgb * 1.5, 1), .9, nir=.6, heat=18)
+
+
 @lru_cache(16)
 def place(
     seed: int,      # of the data
     number: int,    # of the place
-    outdoor: bool,  # daylight, trees and cars, or a corridor
+    outdoor: bool,  # shrubs and daylight, or a corridor
     unit: int,      # pixels a metre
-) -> np.ndarray:  # (height, width, 6): linear RGB, near-infrared reflectance, depth in metres behind the person, °C
-    "A panorama behind people, drawn once: ground, wall and clutter."
-    rng = stream(seed, 3, number)
-    H, W, floor = int(3.2 * unit), int(8 * unit), int(2.35 * unit)
-    out = np.zeros((H, W, 6), np.float32)
-    y, x = np.arange(H, dtype=np.float32)[:, None], np.arange(W, dtype=np.float32)[None]
-    def paint(y0, y1, x0, x1, rgb, nir, depth, heat):
-        out[max(int(y0), 0):max(int(y1), 0), max(int(x0), 0):max(int(x1), 0)] = [*rgb, nir, depth, heat]
-    soft = lambda: .15 + .6 * (draw_colour(rng) * .35 + rng.uniform(.1, .8) * .65)
-    paint(0, H, 0, W, soft(), rng.uniform(.2, .7), 2.2, 17 if outdoor else 20)
-    at = 0
-    while at < W:  # panels, doors, windows, pillars
-        w = rng.uniform(.25, 1.3) * unit
-        top = rng.choice([0, .3, .8, 1.3]) * unit
-        paint(top, floor, at, at + w, soft(), rng.uniform(.1, .8), rng.uniform(1.2, 3), rng.uniform(15, 22))
-        if rng.random() < .5: paint(top + .2 * w, top + .2 * w + rng.uniform(.2, .7) * unit, at + .2 * w, at + .8 * w, soft(), rng.uniform(.1, .9), 2, rng.uniform(15, 23))
-        at += w + rng.uniform(0, .4) * unit
-    paint(floor, H, 0, W, soft(), rng.uniform(.2, .6), 1, 18)
-    tile = rng.uniform(.25, .6) * unit
-    joint = ((wave(x / tile + .2 * (y - floor) / unit * (x / W - .5)) < .06) | (wave((y - floor) ** 1 / tile * 2.2) < .1)) & (y > floor)
-    out[joint, :4] *= .6
-    out[floor:, :, 4] = np.maximum(2.0 - 2.2 * (y[floor:] - floor) / unit, -.3)
-    for _ in range(14):  # things that stand about
-        w, h, at = rng.uniform(.1, .6) * unit, rng.uniform(.2, 1.1) * unit, rng.uniform(0, W)
-        foot = floor + rng.uniform(0, .25) * unit
-        paint(foot - h, foot, at, at + w, soft() if rng.random() < .5 else draw_colour(rng), rng.uniform(.05, .9), .9, rng.uniform(15, 26))
-    grain = rng.random((H // 4 + 2, W // 4 + 2)).astype(np.float32).repeat(4, 0).repeat(4, 1)[:H, :W]
-    out[..., :4] *= (.82 + .36 * grain)[..., None]
-    return out
+) -> np.ndarray:  # (height, width, 6) see `Panorama`
+    "The panorama behind people at one place, drawn once."
+    made = Panorama(unit, stream(seed, 3, number))
+    made.wall(); made.ground()
+    if outdoor: made.leaves()
+    made.clutter()
+    H, W = made.pixels.shape[:2]
+    grain = made.rng.random((H // 2 + 1, W // 2 + 1), dtype=np.float32).repeat(2, 0).repeat(2, 1)[:H, :W]
+    glow = 1.1 - .35 * np.abs(wave(np.arange(W, dtype=np.float32) / (2.7 * unit)) - .5)[None] - .12 * (np.arange(H, dtype=np.float32) / H)[:, None]
+    made.pixels[..., :4] *= ((.90 + .2 * grain) * glow)[..., None]
+    return made.pixels
 
 
 @dataclass(frozen=True)
@@ -621,7 +677,7 @@ def optics(
                 light=(side / norm, -up / norm, math.sqrt(.5) / norm), gain=1 + .3 * nuisance * rng.uniform(-1, 1), ambient=rng.uniform(.35, .6),
                 blur=.25 * nuisance * rng.random(), noise=rng.uniform(.6, 1.4))
 
-# %% ../nbs/01_synthetic.ipynb #0d81717e
+# %% ../nbs/01_synthetic.ipynb #e5648e1c
 SUPER = 2  # samples per pixel and direction
 
 @dataclass
@@ -659,14 +715,28 @@ def stage(
     buf, parts, axes, heads = Buffers(H, W), [], [], []
     for i, (who, where) in enumerate(cast):
         pieces = body(who, rng.uniform(0, 2 * math.pi), rng.random() ** .5, .5 * rng.uniform(-1, 1))
-        eggs = [j for j, p in enumerate(pieces) if p.turn]
-        heads.append((len(parts), len(parts) + (eggs[0] if eggs else 0)))
+        names = [p.name for p in pieces]
+        heads.append((len(parts) + names.index("torso"), len(parts) + names.index("head")))
         for part in pieces:
             axes.append(rasterise(buf, len(parts), part, where)[0])
             parts.append((part, where, i))
     people = [p for p, _ in cast]
     front, thing = obstacle(settings, H, W, rng)
-    return Scene(surface(buf, parts, people, np.array(axes), heads), people, crop_place(settings, seed, camera, H, W, scale, rng), distance, front, thing)
+    backdrop = crop_place(settings, seed, camera, H, W, scale, rng)
+    for _, where in cast: shadow(backdrop, where)
+    return Scene(surface(buf, parts, people, np.array(axes), heads), people, backdrop, distance, front, thing)
+
+
+def shadow(
+    backdrop: np.ndarray,  # (H, W, 6), darkened in place
+    view: View,            # where somebody stands
+):
+    "A soft shadow about the feet, which ties them to the ground."
+    H, W = backdrop.shape[:2]
+    top = max(int(view.y - .12 * view.scale), 0)
+    y = ((np.arange(top, H) - view.y) / (.11 * view.scale))[:, None]
+    x = ((np.arange(W) - view.x) / (.38 * view.scale))[None]
+    backdrop[top:, :, :3] *= (1 - .55 * np.maximum(1 - x * x - y * y, 0))[..., None].astype(np.float32)
 
 
 def obstacle(
@@ -675,15 +745,14 @@ def obstacle(
     rng: np.random.Generator,  # of this image
 ) -> tuple:  # bool (H, W) what it hides, (6,) what it is made of
     "A bench, a post or the edge of a wall before the person."
-    front, draws = np.zeros((H, W), bool), rng.random(6)
+    front, (there, kind, a, b, c) = np.zeros((H, W), bool), rng.random(5)
     thing = np.array([*(.5 * draw_colour(rng) + .1), rng.uniform(.1, .7), -.6, rng.uniform(15, 24)], np.float32)
-    if draws[0] < settings.occlusion * .5:
-        if draws[1] < .45: front[int(H * (.62 + .25 * draws[2])):, int(W * (draws[3] - .4)) if draws[3] > .4 else 0:int(W * (.5 + draws[4]))] = True
-        elif draws[1] < .75: front[int(H * .25 * draws[4]):, int(W * (.15 + .6 * draws[2])):][:, :int(W * (.06 + .1 * draws[3]))] = True
-        else:
-            w = int(W * (.15 + .22 * draws[2]))
-            front[:, :w] = draws[3] < .5
-            front[:, W - w:] = draws[3] >= .5
+    if there >= settings.occlusion / 2: return front, thing
+    thin, wide = int(W * (.06 + .1 * a)), int(W * (.15 + .22 * a))
+    if kind < .45: front[int(H * (.62 + .25 * b)):, max(int(W * (a - .4)), 0):int(W * (.5 + c))] = True
+    elif kind < .75: front[int(H * .25 * c):, int(W * (.15 + .6 * b)):int(W * (.15 + .6 * b)) + thin] = True
+    elif b < .5: front[:, :wide] = True
+    else: front[:, -wide:] = True
     return front, thing
 
 
@@ -702,9 +771,9 @@ def crop_place(
     low, left = 2.62 * unit + rng.uniform(-.1, .1) * unit, rng.uniform(0, pano.shape[1] - W * zoom - 1)
     rows = (low - (H - np.arange(H)) * zoom).astype(np.intp).clip(0, pano.shape[0] - 1)
     cols = (left + np.arange(W) * zoom).astype(np.intp).clip(0, pano.shape[1] - 1)
-    return pano[rows[:, None], cols[None]]
+    return pano.take(rows, 0).take(cols, 1)
 
-# %% ../nbs/01_synthetic.ipynb #0185f6ca
+# %% ../nbs/01_synthetic.ipynb #85cd8e83
 def shrink(
     image: np.ndarray,  # (H, W, C) supersampled
 ) -> np.ndarray:  # (H/2, W/2, C)
@@ -738,7 +807,9 @@ def develop(
     table = colours.astype(np.float32).reshape(-1, colours.shape[-1])
     flat = image.reshape(-1, image.shape[-1])
     flat[skin.pixels] = table[skin.slot + skin.mix * colours.shape[1]] * body_light
-    image[scene.front] = scene.thing[channels] * np.float32(front_light)
+    if scene.front.any():
+        image[scene.front] = scene.thing[channels] * np.float32(front_light)
+        image[1:][scene.front[1:] & ~scene.front[:-1]] *= np.float32(1.4)
     return shrink(image)
 
 
