@@ -10,26 +10,26 @@ __all__ = ['PLACES', 'SKIPS', 'Metrics', 'mean', 'spread', 'skip_sysu', 'skip_sa
            'draw_projection', 'hardest_queries', 'read_features', 'evaluate_files', 'evaluate_run', 'report', 'main',
            'search_main']
 
-# %% ../nbs/09_eval.ipynb #b4c85c94
+# %% ../nbs/09_eval.ipynb #2bffb238
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .datasets import UserError, cli, progress
+from .datasets import UserError, cli, direction_of, is_image, progress, read_image
 from .rca import normalise
 
-# %% ../nbs/09_eval.ipynb #8faa6e35
-@dataclass(frozen=True)
+# %% ../nbs/09_eval.ipynb #5c8d17ee
+@dataclass(frozen=True, repr=False, eq=False)
 class Metrics:
     "What one ranking, or the mean of several, is worth. All values are fractions in [0,1]."
     cmc: np.ndarray                        # CMC-1 … CMC-max_rank
     mAP: float                             # mean average precision
     mINP: float                            # mean inverse negative penalty
     num_queries: int                       # queries that counted: those with a true match
-    per_query: dict = field(default=None, repr=False, compare=False)   # arrays, one value a query: `ap`, `inp`, `hit` (place of the first match), `rank` (its place in the CMC), `counts` (bool)
+    per_query: dict = None                   # arrays, one value a query: `ap`, `inp`, `hit` (place of the first match), `rank` (its place in the CMC), `counts` (bool)
 
     def rank(self,
         k,  # from 1; beyond the end of the curve its last value holds
@@ -54,6 +54,8 @@ class Metrics:
         return json.dumps(self.to_dict())
 
     def __str__(self): return _text_table([self.row()])
+
+    __repr__ = __str__
 
     def _repr_html_(self): return _html_table([{**self.row(), "queries": self.num_queries}])
 
@@ -171,7 +173,7 @@ def _by_sorting(
     by_pid, starts = groups
     return hits, 1 + (np.minimum.reduceat(places[:, by_pid], starts, axis=1) < hits[:, :1]).sum(1)
 
-# %% ../nbs/09_eval.ipynb #291ba3a2
+# %% ../nbs/09_eval.ipynb #e48bed10
 def _groups(
     pids,  # identities `(G,)`
 ):         # columns in the order of their identities `(G,)`, and where each identity starts in it `(I,)`
@@ -215,7 +217,7 @@ class _Ranker:
         below, upto = _nearer(dist, near)
         hits = np.sort(np.where(there, below + 1, 2 * G), axis=1)                        # (B,M)
         slow = (there & (upto - below > 1)).any(1) | self.crowd
-        rank = hits[:, 0] if not self.once or self.crowd else 1 + _people_nearer(dist, self.slots, near.min(1))
+        rank = hits[:, 0].copy() if not self.once or self.crowd else 1 + _people_nearer(dist, self.slots, near.min(1))
         if slow.any():
             match = (q_pids[b, None] == g_pids)[slow] & np.isfinite(dist[slow])
             hits[slow], rank[slow] = _by_sorting(dist[slow], match, self.groups, self.once, hits.shape[1])
@@ -232,7 +234,7 @@ def _values(
     inp = number / np.take_along_axis(hits, M[:, None] - 1, 1)[:, 0]
     return dict(ap=ap, inp=inp, hit=np.where(counts, hits[:, 0], 0), rank=np.where(counts, rank, 0), counts=counts)
 
-# %% ../nbs/09_eval.ipynb #f679cad1
+# %% ../nbs/09_eval.ipynb #bd6062ad
 def _length(values, n, what):
     "An array `(n,)`, or an error."
     values = np.asarray(values)
@@ -266,7 +268,7 @@ def _blocks(
     budget=2**21, # bytes
 ):                # list of slices
     step = max(1, int(block or budget // max(row_bytes, 1)))
-    return [slice(i, i + step) for i in range(0, rows, step)]
+    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
 # %% ../nbs/09_eval.ipynb #057641df
 def evaluate(
@@ -293,7 +295,7 @@ def evaluate(
         return rank(dist[b], b)
     return _gather([part(b) for b in _blocks(len(dist), dist[0].nbytes, block)], max_rank)
 
-# %% ../nbs/09_eval.ipynb #5414fccb
+# %% ../nbs/09_eval.ipynb #e8c043b9
 def default_device():
     "CUDA where there is one, otherwise the processor."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -332,21 +334,22 @@ class _Exact:
         return some
 
     def distance(self, other, metric):
-        "Distances of all pairs `(N,M)`."
+        "Distances of all pairs, array `(N,M)`."
         inner = self.h @ other.h.T
         if not (self.coarse and other.coarse): inner += self.low * (torch.cat([self.h, self.l], 1) @ torch.cat([other.l, other.h], 1).T)
         return _distance(inner * self.scale * other.scale.T, self.norm, other.norm.T, metric)
 
     def distance_to(self, other, metric):
-        "Distances row by row `(N,1)`: the same bits."
+        "Distances row by row, array `(N,1)`: the same bits."
         inner = (self.h * other.h).sum(1, keepdim=True) + self.low * (self.h * other.l + self.l * other.h).sum(1, keepdim=True)
         return _distance(inner * self.scale * other.scale, self.norm, other.norm, metric)
 
 def _distance(inner, a, b, metric):
-    "From inner products and squared lengths to distances."
-    return 1 - inner / (a * b).sqrt() if metric == "cosine" else (a + b - 2 * inner).clamp_min(0).sqrt()
+    "From inner products and squared lengths to distances; roots in NumPy, which rounds them correctly everywhere."
+    inner, a, b = (x.cpu().numpy() for x in (inner, a, b))
+    return 1 - inner / np.sqrt(a * b) if metric == "cosine" else np.sqrt(np.maximum(a + b - 2 * inner, 0))
 
-# %% ../nbs/09_eval.ipynb #630de687
+# %% ../nbs/09_eval.ipynb #c50f0e74
 def _check_metric(
     metric,    # "euclidean" or "cosine"
     **tables,  # feature tables by name, already checked
@@ -370,9 +373,9 @@ def distances(
     "All distances. They depend on the two features alone: not on block, processor or library."
     query, gallery = check_features(query, "query features"), check_features(gallery, "gallery features")
     _check_metric(metric, query=query, gallery=gallery)
-    return _Exact(query, device or "cpu").distance(_Exact(gallery, device or "cpu"), metric).cpu().numpy()
+    return _Exact(query, device or "cpu").distance(_Exact(gallery, device or "cpu"), metric)
 
-# %% ../nbs/09_eval.ipynb #da3b74db
+# %% ../nbs/09_eval.ipynb #40e397d4
 def _rows_of_distances(
     query,       # checked features `(Q,D)`
     gallery,     # checked features `(G,D)`
@@ -385,7 +388,7 @@ def _rows_of_distances(
     kept = [_Exact(parts[0], device)] if len(parts) == 1 else None
     for b in _blocks(len(query), 8 * len(gallery), block, 2**28):
         q = _Exact(query[b], device)
-        yield b, np.concatenate([q.distance(g, metric).cpu().numpy() for g in (kept or (_Exact(p, device) for p in parts))], axis=1)
+        yield b, np.concatenate([q.distance(g, metric) for g in (kept or (_Exact(p, device) for p in parts))], axis=1)
 
 def evaluate_features(
     query,               # features `(Q,D)`
@@ -529,7 +532,7 @@ class _Best:
     def keep(self, which):
         self.row, self.column, self.score, self.fresh = self.row[which], self.column[which], self.score[which], 0
 
-# %% ../nbs/09_eval.ipynb #e402c367
+# %% ../nbs/09_eval.ipynb #6c7cd25e
 def _prepare(
     x,       # rows of features
     shift,   # `(1,D)` float64, taken off
@@ -554,7 +557,7 @@ def _settle(
     exact, q = np.empty(len(best.row)), _Exact(query)
     for i in range(0, len(exact), 1024):                                                 # a few MB at a time stay in the cache
         row, g = best.row[i:i + 1024], _Exact(gallery[best.column[i:i + 1024]])
-        exact[i:i + 1024] = q.pick(row).distance_to(g, metric)[:, 0].numpy()
+        exact[i:i + 1024] = q.pick(row).distance_to(g, metric)[:, 0]
     order = np.lexsort((best.column, exact, best.row))
     first = np.searchsorted(best.row[order], np.arange(best.n))[:, None] + np.arange(best.k)
     return exact[order[first]], order[first]
@@ -644,8 +647,8 @@ def recall(
     "Share of the true neighbours that were found."
     return float(np.mean([len(np.intersect1d(f, t)) / len(t) for f, t in zip(found, true)]))
 
-# %% ../nbs/09_eval.ipynb #cf03df49
-@dataclass(frozen=True)
+# %% ../nbs/09_eval.ipynb #8e4b1323
+@dataclass(frozen=True, repr=False, eq=False)
 class Result:
     "What a protocol gave: the mean over its trials, every trial, and what was measured."
     metrics: Metrics     # mean over trials
@@ -676,6 +679,8 @@ class Result:
         return {k: f"{m:.2f} ± {s:.2f}" if len(self.trials) > 1 else f"{m:.2f}" for (k, m), s in zip(self.metrics.row().items(), self.spread.row().values())}
 
     def __str__(self): return f"{self.title()}\n{_text_table([self.row()])}"
+
+    __repr__ = __str__
 
     def _repr_html_(self): return f"<p>{self.title()}</p>{_html_table([{**self.row(), 'queries': self.metrics.num_queries}])}"
 
@@ -771,7 +776,7 @@ def extract_features(
     if out is None: raise UserError("no images to make features of: the list of rows is empty")
     return out
 
-# %% ../nbs/09_eval.ipynb #79ab2039
+# %% ../nbs/09_eval.ipynb #ebf6d41e
 def pictures(
     path,      # an image, or a folder that is searched for images
     modality,  # "visible" or "infrared"
@@ -780,22 +785,15 @@ def pictures(
     import pandas as pd
     path = Path(path)
     if not path.exists(): raise UserError(f"{path}: no such file or folder")
-    kinds = {".jpg", ".jpeg", ".png", ".bmp"}
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in kinds)
-    if not found: raise UserError(f"{path}: no images in this folder; expected {', '.join(sorted(kinds))}")
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_image(p.name))
+    if not found: raise UserError(f"{path}: there are no images in this folder")
     return pd.DataFrame({"path": [str(p) for p in found], "modality": modality})
 
 class _Pictures:
     "Decodes images when they are asked for, as an `ImageCache` would hand them out."
     def __init__(self, table, root, size): self.paths, self.root, self.size = table["path"].to_numpy(), Path(root or ""), size
 
-    def __getitem__(self, rows): return torch.from_numpy(np.stack([_load(self.root / self.paths[r], self.size) for r in rows])).permute(0, 3, 1, 2)
-
-def _load(path, size):
-    "One image as uint8 `(H,W,3)`."
-    from PIL import Image
-    try: return np.asarray(Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
-    except OSError as e: raise UserError(f"{path}: not a readable image ({e})") from None
+    def __getitem__(self, rows): return torch.from_numpy(np.stack([read_image(self.root / self.paths[r], self.size) for r in rows])).permute(0, 3, 1, 2)
 
 def retrieve(
     net,                 # network in evaluation mode
@@ -833,7 +831,7 @@ def _nearest(features, query, gallery, k, metric, skip):
     order = np.argsort(d, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(d, order, 1), order
 
-# %% ../nbs/09_eval.ipynb #3b979035
+# %% ../nbs/09_eval.ipynb #9d3420a4
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body{{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#222}} header{{position:sticky;top:0;background:#fff;padding:.4em 0;border-bottom:1px solid #ddd}}
@@ -865,9 +863,8 @@ def _thumbnail(path, height=150):
     "An image as a data URL."
     import base64, io
     from PIL import Image
-    try: image = Image.open(path).convert("RGB")
-    except OSError as e: raise UserError(f"{path}: not a readable image ({e})") from None
-    image.thumbnail((height, height)); data = io.BytesIO(); image.save(data, "JPEG", quality=85)
+    image, data = Image.fromarray(read_image(path)), io.BytesIO()
+    image.thumbnail((height, height)); image.save(data, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 def retrieval_page(
@@ -1102,7 +1099,7 @@ def evaluate_run(
     named = dict(feature=getattr(net, "retrieve", None), flip=flip)
     return [evaluate_protocol(features, data.records, p, metric, expand=expand, reranking=reranking, **named) for p in plans]
 
-# %% ../nbs/09_eval.ipynb #e2ffcab4
+# %% ../nbs/09_eval.ipynb #8b6ae2b5
 def report(
     results,   # list of `Result`
     out=None,  # JSON file: one result as it is; several with the first on top and all under "results"
@@ -1128,7 +1125,7 @@ def main(
     permutations: str = None,   # SYSU-MM01's official rand_perm_cam.mat; without it galleries are drawn by seed
     seed: int = 0,              # of drawn galleries
     trials: int = 10,           # galleries, with --features
-    direction: str = None,      # infrared→visible (or infrared-visible) or the other way round
+    direction: str = None,      # infrared->visible or visible->infrared
     metric: str = "euclidean",  # euclidean or cosine
     skip: str = None,           # with --gallery: sysu, same or none
     flip: bool = False,         # with --run: average the features of image and mirror image
@@ -1141,7 +1138,7 @@ def main(
     "Evaluate a training run, or the features of any program, by the official protocol."
     if (run is None) == (features is None): raise UserError("give either --run RUN (a training run) or --features FILE.npz (features of any program)")
     if permutations and not Path(permutations).is_file(): raise UserError(f"{permutations}: no such file; SYSU-MM01's rand_perm_cam.mat is in its authors' repository, wuancong/SYSU-MM01")
-    direction = direction and direction.replace("->", "→").replace("-", "→")
+    direction = direction and direction_of(direction)
     if run: results = evaluate_run(run, root, mode, shots, direction, permutations, metric, flip, expand, rerank, seed, device)
     elif gallery: results = [evaluate_files(features, gallery, skip, metric, device)]
     else:
@@ -1150,10 +1147,10 @@ def main(
         results = [evaluate_protocol(table, records, p, metric, device=device, expand=expand, reranking=rerank) for p in plans]
     print(report(results, json))
 
-# %% ../nbs/09_eval.ipynb #86e9a571
+# %% ../nbs/09_eval.ipynb #3b48c2b0
 @cli
 def search_main(
-    run: str,                    # folder of a finished training run
+    run: str = None,             # folder of a finished training run
     query: str = None,           # image or folder; without it the run's own test images of that modality
     gallery: str = None,         # folder; without it the run's own test images of the other modality
     modality: str = "infrared",  # of the queries: infrared or visible
@@ -1168,6 +1165,7 @@ def search_main(
     json: str = None,            # write the results there
 ):
     "Find the gallery images that look most like a query."
+    if run is None: raise UserError("give --run RUN, the folder of a finished training run")
     if modality not in ("infrared", "visible"): raise UserError(f"--modality {modality!r}: expected infrared or visible")
     other = gallery_modality or {"infrared": "visible", "visible": "infrared"}[modality]
     net, size, tables, skip = _search_tables(run, query, gallery, modality, other, root, limit)

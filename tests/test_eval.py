@@ -1,0 +1,603 @@
+"Evaluation and retrieval: the official protocol, exact search, after-steps, the command line and the page, each against a plain version."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from di2l import eval as ev
+from di2l.datasets import UserError, cache_images, llcm_protocol, read_sysu, regdb_protocol, sysu_protocol
+from di2l.synthetic import write_benchmark
+
+# ---------------------------------------------------------------- the oracle: one query at a time, as the authors' MATLAB reads
+
+PLACE = {1: 1, 2: 2, 3: 2, 4: 4, 5: 5, 6: 6}
+RULES = {None: lambda qp, gp, qc, gc: False, "sysu": lambda qp, gp, qc, gc: PLACE[qc] == PLACE[gc], "llcm": lambda qp, gp, qc, gc: qp == gp and qc == gc}
+
+
+def oracle(dist, q_pids, g_pids, q_cams, g_cams, skip, once, max_rank=20):
+    "CMC, and for each query AP, INP, place of the first match and its place in the CMC; None where the query does not count."
+    per, rule = [], RULES[skip]
+    for i in range(len(dist)):
+        order = sorted(range(len(g_pids)), key=lambda j: (dist[i][j], j))
+        kept = [j for j in order if not rule(q_pids[i], g_pids[j], q_cams[i], g_cams[j])]
+        hits = [n + 1 for n, j in enumerate(kept) if g_pids[j] == q_pids[i]]
+        if not hits:
+            per.append(None)
+            continue
+        people = []
+        for j in kept:
+            if not once or g_pids[j] not in people: people.append(g_pids[j])
+        ap = sum((n + 1) / hit for n, hit in enumerate(hits)) / len(hits)
+        per.append((ap, len(hits) / hits[-1], hits[0], people.index(q_pids[i]) + 1))
+    counted = [p for p in per if p]
+    cmc = [sum(p[3] <= k for p in counted) / len(counted) for k in range(1, max_rank + 1)] if counted else None
+    return cmc, per
+
+
+def compare(found, cmc, per):
+    counted = [p for p in per if p]
+    assert found.num_queries == len(counted)
+    assert np.array_equal(found.per_query["counts"], [p is not None for p in per])
+    assert [(h, r) for h, r, c in zip(found.per_query["hit"].tolist(), found.per_query["rank"].tolist(), found.per_query["counts"]) if c] == [(p[2], p[3]) for p in counted]
+    ap, inp = (np.array([p[i] for p in counted]) for i in (0, 1))
+    np.testing.assert_allclose(found.per_query["ap"][found.per_query["counts"]], ap, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.cmc, cmc, rtol=0, atol=1e-12)
+    np.testing.assert_allclose([found.mAP, found.mINP], [ap.mean(), inp.mean()], rtol=0, atol=1e-12)
+
+
+cases = st.fixed_dictionaries(dict(
+    seed=st.integers(0, 2**31), Q=st.integers(1, 9), G=st.integers(1, 40), people=st.integers(1, 9), values=st.sampled_from([1, 2, 5, 50, None]),
+    skip=st.sampled_from([None, "sysu", "llcm"]), once=st.booleans(), block=st.integers(1, 10), double=st.booleans(), strangers=st.booleans(), crowd=st.booleans()))
+
+
+def draw(c):
+    "Distances with as few different values as asked for, identities that may never meet, a gallery that may be one person's crowd."
+    rng = np.random.default_rng(c["seed"])
+    dist = rng.random((c["Q"], c["G"])) if c["values"] is None else rng.integers(0, c["values"], (c["Q"], c["G"])) / 7
+    q_pids, g_pids = rng.integers(0, c["people"], c["Q"]), rng.integers(0, c["people"], c["G"])
+    if c["strangers"]: q_pids = np.where(rng.random(c["Q"]) < .5, 1000 + q_pids, q_pids)
+    if c["crowd"]: g_pids = np.where(rng.random(c["G"]) < .8, 0, np.arange(c["G"]))
+    return dist.astype(np.float64 if c["double"] else np.float32), q_pids, g_pids, rng.integers(1, 7, c["Q"]), rng.integers(1, 7, c["G"])
+
+
+@settings(max_examples=4000)
+@given(cases)
+def test_equals_the_oracle(c):
+    args = draw(c)
+    cmc, per = oracle(*(x.tolist() for x in args), c["skip"], c["once"])
+    call = lambda: ev.evaluate(*args, skip=c["skip"], once=c["once"], block=c["block"])
+    if cmc is None:
+        with pytest.raises(UserError): call()
+    else: compare(call(), cmc, per)
+
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**31), st.sampled_from([3, 20, 60]), st.booleans())
+def test_equals_the_oracle_with_many_matches(seed, matches, ties):
+    rng = np.random.default_rng(seed)                        # more than 16 matches a query: looked up in sorted lists
+    g_pids, q_pids = rng.permutation(np.repeat(np.arange(4), matches)), rng.integers(0, 4, 5)
+    dist = rng.integers(0, 30, (5, len(g_pids))).astype(np.float32) if ties else rng.random((5, len(g_pids)))
+    cams = rng.choice([3, 6], 5), rng.choice([1, 2, 4, 5], len(g_pids))
+    compare(ev.evaluate(dist, q_pids, g_pids, *cams, skip="sysu"), *oracle(dist.tolist(), q_pids.tolist(), g_pids.tolist(), *(c.tolist() for c in cams), "sysu", True))
+
+
+def test_edges():
+    one = ev.evaluate([[0.3]], [5], [5])                     # a gallery of one image
+    assert (one.rank(1), one.rank(20), one.mAP, one.mINP, one.num_queries) == (1, 1, 1, 1, 1)
+    assert len(one.cmc) == 20                                # fewer than 20 people: the curve stays where it ended
+    tied = ev.evaluate(np.zeros((1, 4)), [2], [1, 1, 2, 2], skip=None, once=True)
+    assert tied.per_query["rank"][0] == 2 and tied.per_query["hit"][0] == 3
+    assert ev.evaluate(torch.tensor([[1, 2]]), [5], [6, 5]).per_query["hit"][0] == 2          # whole numbers, a tensor
+    half = ev.evaluate(np.array([[1., 2], [1, 2]]), [1, 9], [1, 2])
+    assert half.num_queries == 1 and half.mAP == 1           # the query without a match does not count
+    camera2 = ev.evaluate(np.array([[1., 2, 3]]), [1], [9, 1, 1], [3], [2, 2, 1], skip="sysu")
+    assert camera2.per_query["hit"][0] == 1                  # all of camera 2 is gone, the other person's image too
+
+
+def test_custom_rule_and_blocks():
+    rng = np.random.default_rng(0)
+    args = rng.random((37, 90)).astype(np.float32), rng.integers(0, 6, 37), rng.integers(0, 6, 90), rng.integers(1, 7, 37), rng.integers(1, 7, 90)
+    rule = lambda q_pids, g_pids, q_cams, g_cams: q_cams == g_cams
+    whole = ev.evaluate(*args, skip=rule)
+    for block in (1, 5, 36, 1000):
+        some = ev.evaluate(*args, skip=rule, block=block)
+        assert some.to_json() == whole.to_json()
+        assert all(np.array_equal(some.per_query[k], whole.per_query[k]) for k in whole.per_query)
+
+
+def test_metrics_print_render_and_average():
+    a, b = ev.evaluate([[1., 2]], [5], [5, 6]), ev.evaluate([[2., 1]], [5], [5, 6])
+    assert "rank-1" in str(a) and "100.00" in str(a) and "<td>50.00</td>" in b._repr_html_()
+    m, s = ev.mean([a, b]), ev.spread([a, b])
+    assert (m.rank(1), m.mAP, m.num_queries) == (.5, .75, 1) and s.rank(1) == pytest.approx(.5**.5)
+    assert set(json.loads(m.to_json())) >= {"rank1", "rank10", "rank20", "mAP", "mINP", "cmc", "num_queries"}
+    with pytest.raises(ValueError): a.rank(0)
+
+
+# ---------------------------------------------------------------- distances
+
+@settings(max_examples=150)
+@given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from(["normal", "offset", "tiny", "mixed", "whole", "half"]))
+def test_distances_are_true_and_depend_on_the_pair_alone(seed, D, kind):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(23, D))
+    x = {"normal": x, "offset": x + 100, "tiny": x * 1e-20, "mixed": x * 10. ** rng.integers(-8, 9, (23, 1)), "whole": rng.integers(-9, 9, (23, D)), "half": x.astype(np.float16)}[kind]
+    x = x.astype(np.float32) if kind in ("normal", "offset") else x
+    x[9] = x[4]
+    whole = ev.distances(x[:8], x[8:])
+    a, b = x[:8, None].astype(np.longdouble), x[8:].astype(np.longdouble)
+    length = (a**2).sum(2) + (b**2).sum(1)
+    assert (np.abs(whole.astype(np.longdouble) ** 2 - ((a - b) ** 2).sum(2)) <= 2e-12 * length).all()
+    assert np.array_equal(whole[2:5, 3:4], ev.distances(x[2:5], x[11:12]))
+    order = rng.permutation(15)
+    assert np.array_equal(whole[:, order], ev.distances(x[:8], x[8:][order]))
+    assert whole[4, 1] == 0                                  # x[9] is x[4]
+    if kind == "whole": assert np.array_equal(whole, np.sqrt(((a - b) ** 2).sum(2).astype(float)))
+
+
+def test_copies_tie_whatever_the_shape():
+    rng = np.random.default_rng(0)
+    for Q, G, D in ((100, 301, 2048), (7, 1000, 37), (33, 791, 100)):
+        q, g = rng.normal(size=(Q, D)).astype(np.float32), rng.normal(size=(1, D)).astype(np.float32)
+        for metric in ("euclidean", "cosine"): assert np.ptp(ev.distances(q, np.repeat(g, G, 0), metric), axis=1).max() == 0
+
+
+def test_cosine():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(9, 20)), rng.normal(size=(11, 20))
+    true = 1 - (a @ b.T) / np.linalg.norm(a, axis=1)[:, None] / np.linalg.norm(b, axis=1)
+    np.testing.assert_allclose(ev.distances(a, b, "cosine"), true, atol=1e-12)
+    np.testing.assert_allclose(ev.distances(a * 1e6, b * 1e-6, "cosine"), true, atol=1e-12)
+
+
+# ---------------------------------------------------------------- search
+
+devices = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"))]
+
+
+def by_sorting(q, g, k, metric="euclidean"):
+    d = ev.distances(q, g, metric)
+    order = np.argsort(d, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(d, order, 1), order
+
+
+@pytest.mark.parametrize("device", devices)
+@settings(max_examples=120)
+@given(st.integers(0, 2**31), st.integers(1, 90), st.integers(1, 25), st.integers(1, 100), st.sampled_from(["normal", "copies", "whole", "offset", "same"]), st.sampled_from(["euclidean", "cosine"]))
+def test_search_is_a_stable_sort_for_any_block(device, seed, G, k, block, kind, metric):
+    rng = np.random.default_rng(seed)
+    q, g = rng.normal(size=(6, 12)).astype(np.float32), rng.normal(size=(G, 12)).astype(np.float32)
+    if kind == "copies": g = g[rng.integers(0, max(1, G // 8), G)]
+    if kind == "whole": q, g = np.round(q) + 5, np.round(g) + 5
+    if kind == "offset": q, g = q + 1000, g + 1000
+    if kind == "same": g[:] = g[0]
+    found, true = ev.search(q, g, k, metric, device, block), by_sorting(q, g, k, metric)
+    assert np.array_equal(found[1], true[1]) and np.array_equal(found[0], true[0])
+
+
+def test_search_in_a_memory_map_and_a_crowd_of_ties(tmp_path):
+    rng = np.random.default_rng(3)
+    g = np.memmap(tmp_path / "gallery", np.float32, "w+", shape=(3000, 16))
+    g[:] = rng.normal(size=(1, 16))                          # 3,000 copies: the first rows win
+    g[1500] += 1e-3
+    q = np.array(g[:2]) + .1
+    assert np.array_equal(ev.search(q, g, 5, block=64)[1], by_sorting(q, g, 5)[1])
+    g[:] = rng.normal(size=g.shape)
+    assert np.array_equal(ev.search(q, g, 20, block=700)[1], by_sorting(q, g, 20)[1])
+    with pytest.raises(UserError, match="k of at least 1"): ev.search(q, g, 0)
+
+
+@pytest.mark.parametrize("device", devices)
+def test_metrics_in_blocks(device):
+    rng = np.random.default_rng(4)
+    q, g = rng.normal(size=(30, 24)).astype(np.float32), rng.normal(size=(200, 24)).astype(np.float32)
+    g[50:60] = g[:10]
+    who = rng.integers(0, 8, 30), rng.integers(0, 8, 200), rng.choice([3, 6], 30), rng.choice([1, 2, 4, 5], 200)
+    whole = ev.evaluate(ev.distances(q, g), *who, skip="sysu")
+    for block in (1, 7, 30, 99): assert ev.evaluate_features(q, g, *who, skip="sysu", device=device, block=block).to_json() == whole.to_json()
+
+
+# ---------------------------------------------------------------- FAISS
+
+def test_faiss_recall_save_load_shards(tmp_path):
+    faiss = pytest.importorskip("faiss", reason="FAISS is not installed (pip install 'di2l[search]')")
+    faiss.omp_set_num_threads(1)
+    rng = np.random.default_rng(5)
+    centres = rng.normal(size=(20, 16))
+    x = (centres[rng.integers(0, 20, 1500)] + .5 * rng.normal(size=(1500, 16))).astype(np.float32)
+    true = ev.search(x[:50], x, 10)[1]
+    index = ev.faiss_index(x, "IVF8,PQ8x4", probe=8)
+    faiss.write_index(index, str(tmp_path / "i"))
+    found = index.search(x[:50], 10)[1]
+    assert np.array_equal(faiss.read_index(str(tmp_path / "i")).search(x[:50], 10)[1], found)
+    assert .3 < ev.recall(found, true) < 1
+    assert np.array_equal(ev.faiss_index(x, "IVF8,PQ8x4", probe=8).search(x[:50], 10)[1], found)     # the same seed, the same index
+    shards = faiss.IndexShards(16, False, True)
+    parts = [ev.faiss_index(x[i:i + 750], "Flat") for i in (0, 750)]
+    for p in parts: shards.add_shard(p)
+    assert ev.recall(shards.search(x[:50], 10)[1], true) == 1
+    cosine = ev.faiss_index(x, "Flat", metric="cosine").search(ev._unit32(x[:50], "cosine"), 10)[1]
+    assert ev.recall(cosine, ev.search(x[:50], x, 10, "cosine")[1]) == 1
+    with pytest.raises(UserError, match="too few"): ev.faiss_index(x[:5], "IVF64,PQ8")
+
+
+def test_faiss_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"pip install 'di2l\[search\]'"): ev.faiss_index(np.ones((9, 4)))
+
+
+def test_recall():
+    assert ev.recall([[1, 2], [3, 4]], [[2, 9], [4, 3]]) == .75
+
+
+# ---------------------------------------------------------------- after-steps
+
+def naive_expansion(q, g, k, alpha, skipped):
+    out = []
+    for i, x in enumerate(q):
+        order = sorted((j for j in range(len(g)) if not skipped[i][j]), key=lambda j: (np.sqrt(((x - g[j]) ** 2).sum()), j))[:k]
+        total, weights = x.copy(), 1.
+        for j in order:
+            w = max(0., (x @ g[j]) / np.linalg.norm(x) / np.linalg.norm(g[j])) ** alpha
+            total, weights = total + w * g[j], weights + w
+        out.append(total / weights)
+    return np.array(out)
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 15), st.sampled_from([0, 1, 3]))
+def test_query_expansion(seed, G, k, alpha):
+    rng = np.random.default_rng(seed)
+    q, g, skipped = rng.normal(size=(5, 4)), rng.normal(size=(G, 4)), rng.random((5, G)) < .3
+    np.testing.assert_allclose(ev.expand_queries(q, g, k, alpha, skipped=skipped), naive_expansion(q, g, k, alpha, skipped), atol=1e-9)
+
+
+def naive_rerank(q, g, k1, k2, weight):
+    x = np.concatenate([q, g])
+    N = len(x)
+    d = np.array([[((a - b) ** 2).sum() for b in x] for a in x])
+    d = d / d.max(1, keepdims=True)
+    near = [sorted(range(N), key=lambda j: (d[i, j], j)) for i in range(N)]
+    def R(p, k): return {j for j in near[p][:k + 1] if p in near[j][:k + 1]}
+    V = np.zeros((N, N))
+    for p in range(N):
+        star = set(R(p, k1))
+        for c in R(p, k1):
+            small = R(c, int(round(k1 / 2)))
+            if len(small & R(p, k1)) > 2 / 3 * len(small): star |= small
+        for j in star: V[p, j] = np.exp(-d[p, j])
+        V[p] /= V[p].sum()
+    V = np.array([V[near[p][:k2]].mean(0) for p in range(N)])
+    out = np.zeros((len(q), len(g)))
+    for i in range(len(q)):
+        for j in range(len(g)):
+            a, b = V[i], V[len(q) + j]
+            out[i, j] = (1 - weight) * (1 - np.minimum(a, b).sum() / np.maximum(a, b).sum()) + weight * d[i, len(q) + j]
+    return out
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 14), st.integers(1, 22), st.integers(1, 7), st.sampled_from([0, .3, 1]))
+def test_k_reciprocal(seed, Q, G, k1, k2, weight):
+    rng = np.random.default_rng(seed)
+    q, g = rng.normal(size=(Q, 3)), rng.normal(size=(G, 3))
+    k1, k2 = min(k1, Q + G - 1), min(k2, Q + G)
+    np.testing.assert_allclose(ev.k_reciprocal(q, g, k1, k2, weight), naive_rerank(q, g, k1, k2, weight), atol=1e-9)
+
+
+class Fake:
+    "A network whose feature is the column means of its image; the infrared stem adds one."
+    def to(self, device): return self
+    def eval(self): return self
+    def __call__(self, visible=None, infrared=None): return visible.mean((1, 2)) if infrared is None else infrared.mean((1, 2)) + 1
+
+
+def test_extract_features_routes_modalities_and_flips():
+    import pandas as pd
+    rng = np.random.default_rng(6)
+    pixels = torch.from_numpy(rng.integers(0, 256, (7, 3, 4, 5), dtype=np.uint8))
+    images, records = SimpleNamespace(__getitem__=None), pd.DataFrame({"modality": ["visible", "infrared"] * 3 + ["visible"]})
+    images = type("Cache", (), {"__getitem__": lambda self, rows: pixels[torch.as_tensor(rows)]})()
+    rows = np.array([6, 1, 0, 3, 2])
+    true = np.array([(ev.normalise(pixels[r:r + 1].float() / 255).mean((1, 2))[0] + (r % 2)).numpy() for r in rows])
+    plain, flip = (ev.extract_features(Fake(), images, records, rows, "cpu", batch=2, flip=f) for f in (False, True))
+    np.testing.assert_allclose(plain, true, atol=1e-6)
+    np.testing.assert_allclose(flip, (true + true[:, ::-1]) / 2, atol=1e-6)
+    assert plain.dtype == np.float32
+
+
+# ---------------------------------------------------------------- protocols
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    data = read_sysu(write_benchmark(tmp_path_factory.mktemp("eval") / "tiny", preset="tiny", seed=0))
+    rng = np.random.default_rng(7)
+    person = rng.normal(size=(data.records.pid.max() + 1, 8))
+    return data, (person[data.records.pid] + rng.normal(size=(len(data.records), 8))).astype(np.float32)
+
+
+def test_protocol_is_the_mean_over_trials(tiny):
+    data, features = tiny
+    r = data.records
+    for mode, shots in (("all", 1), ("all", 10), ("indoor", 1), ("indoor", 10)):
+        p = sysu_protocol(r, mode, shots, trials=3)
+        result = ev.evaluate_protocol(features, r, p, block=11)
+        for m, g in zip(result.trials, p.galleries):
+            d = ev.distances(features[p.query], features[g])
+            compare(m, *oracle(d.tolist(), *(r[c].to_numpy()[i].tolist() for c, i in (("pid", p.query), ("pid", g), ("cam", p.query), ("cam", g))), "sysu", True))
+        assert result.metrics.mAP == np.mean([m.mAP for m in result.trials])
+        assert result.about["mode"] == mode and result.about["shots"] == shots and "seed 0" in result.about["gallery"]
+
+
+def test_after_steps_are_off_and_named(tiny):
+    data, features = tiny
+    p = sysu_protocol(data.records, trials=2)
+    plain = ev.evaluate_protocol(features, data.records, p, flip=False)
+    assert plain.about["expansion"] is None and plain.about["re-ranking"] is None and "re-ranking" not in str(plain)
+    expanded, ranked = ev.evaluate_protocol(features, data.records, p, expand=2), ev.evaluate_protocol(features, data.records, p, reranking=dict(k1=5, k2=2))
+    assert "expansion 2 images" in str(expanded) and "k1 5, k2 2, λ 0.3" in str(ranked)
+    r, g = data.records, p.galleries[1]
+    true = ev.evaluate(ev.k_reciprocal(features[p.query], features[g], 5, 2), r.pid[p.query], r.pid[g], r.cam[p.query], r.cam[g], "sysu")
+    assert ranked.trials[1].to_json() == true.to_json()
+
+
+def test_regdb_and_llcm(tiny):
+    data, features = tiny
+    for maker, skip, once in ((regdb_protocol, None, False), (llcm_protocol, "llcm", True)):
+        p = maker(data.records, direction="visible→infrared")
+        result, r, g = ev.evaluate_protocol(features, data.records, p), data.records, p.galleries[0]
+        d = ev.distances(features[p.query], features[g])
+        compare(result.trials[0], *oracle(d.tolist(), *(r[c].to_numpy()[i].tolist() for c, i in (("pid", p.query), ("pid", g), ("cam", p.query), ("cam", g))), skip, once))
+        assert result.about["direction"] == "visible→infrared"
+
+
+def official_table(folder):
+    "Feature table of SYSU-MM01's true size, from the counts in the official permutations: pid, cam, frame of the 96 test identities."
+    from scipy.io import loadmat
+    perm, ids = loadmat(folder / "rand_perm_cam.mat")["rand_perm_cam"], np.unique(loadmat(folder / "test_id.mat")["id"])
+    rows = [(i, c + 1, f + 1) for c in range(6) for i in ids for f in range(perm[c][0][i - 1][0].shape[1])]
+    return perm, ids, np.array(rows)
+
+
+@pytest.mark.parametrize("mode, shots, trials", [("all", 1, 10), ("indoor", 10, 1)])
+def test_official_permutations_at_true_size(sysu_protocol_files, tmp_path, mode, shots, trials):
+    perm, ids, rows = official_table(sysu_protocol_files)
+    pid, cam, frame = rows[np.random.default_rng(8).permutation(len(rows))].T
+    rng = np.random.default_rng(9)
+    features = (rng.normal(size=(600, 32))[pid] * .4 + rng.normal(size=(len(pid), 32)))
+    features = (np.round(features * 8) / 8).astype(np.float32)  # exact in binary, so that both sides see the same ties
+    features[::50] = features[7]                             # copies, so ties
+    file, out = tmp_path / "f.npz", tmp_path / "out.json"
+    np.savez(file, features=features, pid=pid, cam=cam, frame=frame)
+    ev.main(features=str(file), protocol="sysu", mode=mode, shots=shots, trials=trials, permutations=str(sysu_protocol_files / "rand_perm_cam.mat"), json=str(out))
+    found = json.loads(out.read_text())
+    assert len(found["trials"]) == trials and found["about"]["gallery"] == "official permutations"
+    row = {key: n for n, key in enumerate(zip(pid.tolist(), cam.tolist(), frame.tolist()))}
+    query = np.flatnonzero(np.isin(cam, (3, 6)))
+    assert len(query) == 3803
+    for t in range(trials):
+        gallery = np.sort([row[i, c, f] for c in ((1, 2, 4, 5) if mode == "all" else (1, 2)) for i in ids for f in (perm[c - 1][0][i - 1][0][t, :shots].tolist() if perm[c - 1][0][i - 1][0].size else ())])
+        if (mode, shots) == ("all", 1): assert len(gallery) == 301
+        some = np.random.default_rng(t).choice(len(query), 300, replace=False) if t else np.arange(len(query))   # all queries once, then a sample
+        d = ((features[query[some], None].astype(float) - features[gallery]) ** 2).sum(2)
+        cmc, per = oracle(d.tolist(), pid[query[some]].tolist(), pid[gallery].tolist(), cam[query[some]].tolist(), cam[gallery].tolist(), "sysu", True)
+        if t == 0:
+            np.testing.assert_allclose(found["trials"][0]["cmc"], cmc, atol=1e-12)
+            np.testing.assert_allclose([found["trials"][0]["mAP"], found["trials"][0]["mINP"]], [np.mean([p[i] for p in per if p]) for i in (0, 1)], atol=1e-12)
+        else: assert abs(found["trials"][t]["mAP"] - np.mean([p[0] for p in per if p])) < .1
+    assert found["rank1"] == pytest.approx(np.mean([t["rank1"] for t in found["trials"]]))
+    assert found["mAP"] == pytest.approx(np.mean([t["mAP"] for t in found["trials"]]))
+
+
+# ---------------------------------------------------------------- bad input: a message, no number
+
+@pytest.fixture
+def table(tiny, tmp_path):
+    "Writes the tiny benchmark's test features as an .npz, changed as asked."
+    data, features = tiny
+    test = data.test
+    good = dict(features=features[test.index], pid=test.pid.to_numpy(), cam=test.cam.to_numpy(), frame=test.frame.to_numpy())
+    def write(name="f.npz", drop=(), **changes):
+        np.savez(tmp_path / name, **{k: v for k, v in {**good, **changes}.items() if k not in drop})
+        return str(tmp_path / name)
+    write.good = good
+    return write
+
+
+def nan_rows(x, *rows, value=np.nan):
+    x = x.copy(); x[list(rows), 0] = value
+    return x
+
+
+BAD = {
+    "NaN": (lambda g: dict(features=nan_rows(g["features"], 3, 8)), "2 of .* rows hold NaN or infinite values .*3, 8"),
+    "infinite": (lambda g: dict(features=nan_rows(g["features"], 5, value=np.inf)), "first rows: 5"),
+    "lengths": (lambda g: dict(pid=g["pid"][:-1]), "pid has shape .* one value for each image"),
+    "camera": (lambda g: dict(cam=np.where(np.arange(len(g["cam"])) == 4, 9, g["cam"])), "camera 9 in row 4"),
+    "strangers": (lambda g: dict(pid=np.where(np.isin(g["cam"], (3, 6)), g["pid"] + 500, g["pid"])), "no query identity is in the gallery"),
+    "no dimensions": (lambda g: dict(features=g["features"][:, :0]), "have shape .*, 0.*both at least 1"),
+    "no rows": (lambda g: {k: v[:0] for k, v in g.items()}, "both at least 1"),
+    "words": (lambda g: dict(features=g["features"].astype(str)), "expected numbers"),
+    "half a pid": (lambda g: dict(pid=g["pid"] + .5), "pid has to be whole numbers"),
+    "zeros, cosine": (lambda g: dict(features=g["features"] * 0, metric="cosine"), "all zeros and has no direction"),
+    "no frame": (lambda g: dict(drop=("frame",)), "come without frame"),
+    "no cam": (lambda g: dict(drop=("cam",)), "holds .* but no cam"),
+    "metric": (lambda g: dict(metric="manhattan"), "there is no metric 'manhattan'"),
+    "protocol": (lambda g: dict(protocol="market"), "there is no protocol 'market'"),
+    "mode": (lambda g: dict(mode="outdoor"), "outdoor"),
+    "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_features_are_refused(table, capsys, name):
+    make, message = BAD[name]
+    changes = make(table.good)
+    options = {k: changes.pop(k) for k in ("metric", "protocol", "mode", "permutations") if k in changes}
+    with pytest.raises(UserError, match=message): ev.main(features=table(**changes), **options)
+    assert capsys.readouterr().out == ""
+
+
+def test_permutations_of_another_dataset(table, sysu_protocol_files, tmp_path):
+    with pytest.raises(UserError, match="official permutations"): ev.main(features=table(), permutations=str(sysu_protocol_files / "rand_perm_cam.mat"))
+    with pytest.raises(UserError, match="rand_perm_cam"): ev.main(features=table(), permutations=str(sysu_protocol_files / "test_id.mat"))
+
+
+def test_other_bad_calls(table, tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    for options, message in ((dict(), "give either --run"), (dict(features=str(tmp_path / "none.npz")), "no such file"), (dict(features=str(tmp_path / "text.npz")), "not a readable .npz"),
+                             (dict(features=table(), gallery=table("short.npz", features=table.good["features"][:, :3])), "differ in length"),
+                             (dict(features=table(), gallery=table("g.npz"), skip="market"), "there is no skip rule 'market'")):
+        with pytest.raises(UserError, match=message): ev.main(**options)
+    with pytest.raises(UserError, match="there must be one for each"): ev.evaluate_protocol(np.ones((3, 2)), tmp_table(4), SimpleNamespace(query=[0], galleries=[[1]], skip=None, about={}))
+    with pytest.raises(UserError, match="overflow"): ev.distances(np.ones((1, 2)) * 1e200, np.ones((1, 2)))
+
+
+def tmp_table(n):
+    import pandas as pd
+    return pd.DataFrame(dict(pid=range(n), cam=1))
+
+
+def test_any_protocol(table, capsys, tmp_path):
+    g = table.good
+    infrared = np.isin(g["cam"], (3, 6))
+    q, r = (table(name, **{k: v[at] for k, v in g.items()}) for name, at in (("q.npz", infrared), ("g.npz", ~infrared)))
+    ev.main(features=q, gallery=r, skip="sysu", json=str(tmp_path / "any.json"))
+    true = ev.evaluate(ev.distances(g["features"][infrared], g["features"][~infrared]), g["pid"][infrared], g["pid"][~infrared], g["cam"][infrared], g["cam"][~infrared], "sysu")
+    assert json.loads((tmp_path / "any.json").read_text())["mAP"] == true.mAP
+    assert "skip sysu" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- runs, the commands, the page
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    "A run folder as training leaves it, with an untrained network."
+    from safetensors.torch import save_file
+    from di2l.model import METHODS
+    data, folder = tiny[0], tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    settings_ = dict(backbone="resnet10", weights=None)
+    save_file(METHODS["di2l"](**settings_).network(12).state_dict(), folder / "model.safetensors")
+    config = dict(dataset="sysu", root=str(data.root), trial=1, size=[96, 48], hold_out=False)
+    (folder / "config.json").write_text(json.dumps(dict(config=config, method=dict(name="di2l", **settings_), num_ids=12)))
+    return folder
+
+
+def command(name, *args):
+    code = f"import sys; sys.argv[0] = '{name}'; from di2l.eval import {name}; {name}()"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env)
+
+
+def test_eval_command(run, table, tmp_path):
+    done = command("main", "--run", run, "--shots", 1, "--device", "cpu", "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    assert "rank-1" in done.stdout and "indoor" in done.stdout and "infrared→visible" in done.stdout
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert len(found["results"]) == 2 and len(found["trials"]) == 10 and 0 <= found["rank1"] <= found["rank10"] <= found["rank20"] <= 1
+    assert {r["about"]["mode"] for r in found["results"]} == {"all", "indoor"} and found["about"]["flip"] is False
+    bad = command("main", "--features", table(features=nan_rows(table.good["features"], 2)))
+    assert bad.returncode == 1 and bad.stdout == "" and "Traceback" not in bad.stderr and len(bad.stderr.strip().splitlines()) == 1 and "NaN" in bad.stderr
+
+
+def test_run_and_features_agree(run, tiny, table, capsys, tmp_path):
+    data = tiny[0]
+    from di2l.model import load_network
+    images = cache_images(data, (96, 48))
+    found = ev.extract_features(load_network(run)[0], images, data.records, data.test.index.to_numpy(), "cpu")
+    ev.main(features=table(features=found), mode="indoor", shots=10, json=str(tmp_path / "a.json"))
+    direct = ev.evaluate_run(run, mode="indoor", shots=10, device="cpu")[0]
+    assert json.loads((tmp_path / "a.json").read_text())["trials"] == direct.to_dict()["trials"]
+
+
+def test_checkpoint_of_another_architecture(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    info = json.loads((other / "config.json").read_text())
+    info["method"]["dpa"] = False
+    (other / "config.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="another architecture"): ev.main(run=str(other))
+    with pytest.raises(UserError, match="not a finished run"): ev.main(run=str(tmp_path))
+    with pytest.raises(UserError, match="no protocol with mode outdoor"): ev.main(run=str(run), mode="outdoor")
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("page")
+    done = command("search_main", "--run", run, "--limit", 4, "--k", 5, "--device", "cpu", "--html", folder / "page.html", "--json", folder / "found.json")
+    assert done.returncode == 0, done.stderr
+    return folder / "page.html", json.loads((folder / "found.json").read_text())
+
+
+def test_search_command(page, run, tiny, tmp_path):
+    html, found = page
+    text = html.read_text()
+    assert len(found) == 20 and [r["rank"] for r in found[:5]] == [1, 2, 3, 4, 5]
+    assert all(r["right"] == (r["pid"] == r["query_pid"]) for r in found)
+    assert not any(r["query_cam"] == 3 and r["cam"] == 2 for r in found)
+    assert text.count('class="result') == 20 and "http" not in text and "src=" not in text.replace("img.src = IMAGES", "")
+    data = tiny[0]
+    first = Path(data.root) / data.test.path.iloc[-1]
+    lone = command("search_main", "--run", run, "--query", first, "--gallery", Path(data.root) / "cam1", "--k", 3, "--device", "cpu", "--html", tmp_path / "p.html")
+    assert lone.returncode == 0 and "unknown" in (tmp_path / "p.html").read_text()
+    bad = command("search_main", "--run", run, "--query", tmp_path / "none.jpg")
+    assert bad.returncode == 1 and "no such file" in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_page_in_a_browser(page, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser: pytest.skip("no Chromium here (apt-get install chromium)")
+    html, found = page
+    def dom(hash):
+        call = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", f"{html.as_uri()}{hash}"]
+        return subprocess.run(call, capture_output=True, text=True, timeout=60).stdout
+    import re
+    def shown(text):
+        sections = re.findall(r"<section([^>]*)>(.*?)</section>", text, re.S)
+        return [(f"{kind}") for attributes, body in sections if "hidden" not in attributes for kind, rest in re.findall(r'<figure class="result (\w+)"([^>]*)>', body) if "hidden" not in rest]
+    right = sum(r["right"] for r in found)
+    everything = dom("")
+    assert len(shown(everything)) == 20 and everything.count('src="data:image/jpeg') == 24 and "20 results" in everything
+    assert shown(dom("#show=right")) == ["right"] * right
+    assert shown(dom("#show=wrong")) == ["wrong"] * (20 - right)
+    query = found[7]["query"]
+    assert len(shown(dom(f"#query={query}"))) == 5
+
+
+# ---------------------------------------------------------------- looking inside
+
+def test_attention_maps_are_kept_and_put_back(run, tiny):
+    from di2l.model import load_network
+    net, images = load_network(run)[0], cache_images(tiny[0], (96, 48))
+    maps = ev.attention_maps(net, images[[0, 1]], "visible")
+    assert set(maps) == {"non_local2", "non_local3", "dpa"}
+    for a in maps.values():
+        assert a.shape[0] == 2 and a.shape[1] == a.shape[2]
+        torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:2]))
+    assert not any(getattr(m, "keep_attention", False) for m in net.modules())
+
+
+def test_pair_distances_projection_and_hardest(tiny):
+    data, features = tiny
+    test, x = data.test, features[data.test.index]
+    groups = ev.pair_distances(x, test)
+    assert sum(map(len, groups.values())) == len(x) * (len(x) - 1) // 2
+    i, j = next((i, j) for i in range(len(x)) for j in range(i) if test.pid.iloc[i] == test.pid.iloc[j] and test.modality.iloc[i] != test.modality.iloc[j])
+    assert np.isclose(groups[True, False], np.linalg.norm(x[i].astype(float) - x[j])).any()
+    xy = ev.project(x)
+    true = np.linalg.eigvalsh(np.cov(x.T.astype(float)))[::-1][:2]
+    np.testing.assert_allclose(xy.var(0, ddof=1), true, rtol=1e-9)
+    assert ev.project(x[:, :1]).shape == (len(x), 2)
+    protocol = sysu_protocol(data.records)
+    hard = ev.hardest_queries(features, data.records, protocol, n=4)
+    per = ev.evaluate_protocol(features, data.records, protocol).trials[0].per_query
+    assert np.allclose(hard.ap, np.sort(per["ap"][per["counts"]])[:4]) and (hard.pid != hard.rival_pid).all() and not ((hard.cam == 3) & (hard.rival_cam == 2)).any()
