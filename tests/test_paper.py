@@ -163,7 +163,7 @@ def test_a_real_dataset_is_trained_evaluated_and_recorded_once(table1, tmp_path)
     assert found == {"sysu": sysu}
     back = Path.cwd(); os.chdir(root / "nbs")
     try:
-        small = dict(steps=2, size=(48, 24), ids=4, backbone="resnet10", weights=None, device="cpu", precision="fp32")
+        small = dict(steps=2, size=(48, 24), ids=4, visible=2, infrared=2, backbone="resnet10", weights=None, device="cpu", precision="fp32")
         row = space["real_row"]("DI2L", found, **small)
         made = sorted((root / "results" / "real").iterdir())
         assert [p.name for p in made] == ["sysu-di2l-t1.json"]
@@ -200,7 +200,9 @@ def test_verdicts(claims):
     verdicts = {a["claim"]: a["verdict"] for a in claims[0]["AUDIT"]}
     assert len(verdicts) == len(claims[0]["AUDIT"])
     assert {k: verdicts[k] for k in MUST_BE_THERE} == MUST_BE_THERE
-    assert (claims[1] / "figures" / "claims.csv").exists()
+    points = claims[0]["points"]
+    assert list(points.what[points.borne_out]) == ["single-shot Rank-1", "least mAP over GANs"]
+    assert (claims[1] / "figures" / "claims.csv").exists() and (claims[1] / "figures" / "claims_points.png").read_bytes() == (REPO / "figures" / "claims_points.png").read_bytes()
 
 
 def test_every_quotation_is_in_the_paper(claims, paper):
