@@ -28,7 +28,7 @@ from PIL import Image
 
 from .datasets import UserError, progress
 
-# %% ../nbs/01_synthetic.ipynb #760194d3
+# %% ../nbs/01_synthetic.ipynb #50c098e0
 VERSION = "2"  # of the generator: any change of the pixels raises it
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Settings:
     missing: float = 0.12         # share of camera-identity pairs that do not exist
     rho: float = 0.75             # correlation of near-infrared reflectance with visible luminance, over colours of cloth
     ir_noise: float = 1.0         # noise of the infrared sensor, 1 = usual
-    ir_resolution: float = 1.0    # resolution of the infrared sensor over that of the visible ones, 0.25 … 1
+    ir_resolution: float = 1.0    # resolution of the infrared sensor over that of the visible ones, 0.1 … 1
     heading: float = 63.0         # people face the camera within ± this many degrees; 180 = any way
     nuisance: float = 1.0         # strength of light, colour cast, crop, blur and clutter, 0 = none
     occlusion: float = 0.15       # share of images with something or somebody in front
@@ -922,7 +922,7 @@ def render(
     if settings.layout == "regdb": return see_thermal(scene, settings, fixed, rng)
     return see_infrared(scene, settings, fixed, rng)
 
-# %% ../nbs/01_synthetic.ipynb #5f0ed3f4
+# %% ../nbs/01_synthetic.ipynb #1af94247
 NUMBERS = dict(height=(32, 1024), width=(16, 512), identities=(2, 9000), val_identities=(1, 8999), test_identities=(2, 9000), images=(1, 1000),
                test_visible=(1, 1000), test_infrared=(1, 1000), missing=(0, .5), rho=(0, 1), ir_noise=(0, 20), ir_resolution=(.1, 1),
                heading=(0, 180), nuisance=(0, 3), occlusion=(0, 1), quality=(1, 95))  # range of each knob
@@ -938,9 +938,10 @@ def settings_for(
         if name not in types:
             near = difflib.get_close_matches(name, types, 1)
             raise UserError(f"knob {name!r} does not exist{f'; did you mean {near[0]!r}?' if near else ''}; the knobs are {', '.join(types)}")
-        try: knobs[name] = types[name](value) if types[name] is not int or int(value) == value else None
-        except (TypeError, ValueError): knobs[name] = None
-        if knobs[name] is None: raise UserError(f"{name}={value!r}; expected {types[name].__name__}: correct the value")
+        kind = types[name]
+        fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+        if not fits: raise UserError(f"{name}={value!r}; expected {dict(int='a whole number', float='a number', bool='true or false', str='a name')[kind.__name__]}: correct the value")
+        knobs[name] = kind(value)
     return check(replace(PRESETS[preset], **knobs))
 
 
@@ -1101,7 +1102,7 @@ def already_there(
     if have != found["images"]: raise UserError(f"{out}: has {have} images of {found['images']}; delete the folder and write it again")
     return True
 
-# %% ../nbs/01_synthetic.ipynb #7d57fad1
+# %% ../nbs/01_synthetic.ipynb #6763064b
 def write_images(
     folder: Path,   # being written
     s: Settings,    # knobs
@@ -1141,6 +1142,8 @@ def write_benchmark(
     "Write a benchmark; returns at once if the very same is there already, and never overwrites another."
     out, s = Path(out), settings_for(preset, **knobs)
     if not isinstance(seed, int) or not 0 <= seed < 2 ** 32: raise UserError(f"seed={seed!r}; expected a whole number from 0 to {2 ** 32 - 1}: correct the value")
+    for name, value in (("workers", workers), ("chunk", chunk)):
+        if value is not None and (not isinstance(value, int) or value < 1): raise UserError(f"{name}={value!r}; expected a whole number from 1: correct the value")
     about = dict(preset=preset, seed=seed, version=VERSION, settings=asdict(s))
     try:
         if already_there(out, about): return out
@@ -1168,12 +1171,12 @@ def whole(
         if not (out.exists() and already_there(out, about)): folder.rename(out)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
-# %% ../nbs/01_synthetic.ipynb #3914df4d
+# %% ../nbs/01_synthetic.ipynb #56af482c
 def option(
     text: str,  # as typed
 ):  # a bool, an int, a float or the text
     "The value of a knob on the command line."
-    try: return json.loads(text.lower())
+    try: return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except ValueError: return text
 
 
@@ -1189,7 +1192,7 @@ def main(
     p.add_argument("--json", help="write what was made (benchmark.json) to this file too")
     group = p.add_argument_group("knobs, over the preset's")
     about = docments(Settings)
-    for f in fields(Settings): group.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=option, help=about[f.name].replace("%", "%%"))
+    for f in fields(Settings): group.add_argument(f"--{f.name}", type=option, metavar=str(f.default), help=about[f.name])
     args = vars(p.parse_args(argv))
     out, preset, seed, workers, copy = (args.pop(k) for k in ("out", "preset", "seed", "workers", "json"))
     try:

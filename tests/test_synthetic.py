@@ -1,0 +1,300 @@
+"The embedded benchmark: layouts, bytes, knobs, controls, mistakes."
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings as limits, strategies as st
+
+from di2l import synthetic
+from di2l.datasets import UserError, protocols, read_regdb, read_sysu
+from di2l.synthetic import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, Settings, draw_colour, fingerprint, near_infrared, render, stream, write_benchmark
+
+SMALL = dict(preset="tiny", identities=5, val_identities=2, test_identities=3, images=1, test_infrared=2, workers=1)
+HALVES = dict(preset="regdb", identities=4, test_identities=4, images=2, test_visible=2, test_infrared=2, workers=1)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory): return write_benchmark(tmp_path_factory.mktemp("data") / "small", **SMALL)
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory): return write_benchmark(tmp_path_factory.mktemp("data") / "tiny", preset="tiny", workers=2)
+
+def left_behind(folder): return sorted(p.name for p in Path(folder).iterdir())
+
+
+# --- layouts ------------------------------------------------------------------
+def test_the_sysu_reader_reads_it(tiny):
+    s, records = PRESETS["tiny"], read_sysu(tiny).records
+    pids = records.groupby("split").pid.unique().map(set)
+    assert {k: len(v) for k, v in pids.items()} == dict(train=s.identities - s.val_identities, val=s.val_identities, test=s.test_identities)
+    assert not pids.train & pids.val and not (pids.train | pids.val) & pids.test
+    for _, rows in records.groupby("pid"):
+        assert (rows.groupby("modality").cam.nunique()[["visible", "infrared"]] >= [2, 1]).all()
+    test = records[(records.split == "test") & (records.modality == "visible")]
+    assert (test.groupby(["pid", "cam"]).size() >= 10).all()
+
+def test_every_standard_protocol_can_be_laid_out(tiny):
+    made = {(p.about["mode"], p.about["shots"]): p for p in protocols(read_sysu(tiny)) if "mode" in p.about}
+    assert {("all", 1), ("all", 10), ("indoor", 1), ("indoor", 10)} <= set(made)
+    records = read_sysu(tiny).records
+    sizes = records.loc[made["all", 10].galleries[0]].groupby(["pid", "cam"]).size()
+    assert (sizes == 10).all()
+
+def test_some_identities_are_missing_from_some_cameras(tmp_path):
+    s = replace(PRESETS["default"], missing=0.3)
+    seen = [len(synthetic.cameras_of(s, 0, pid)) for pid in range(300)]
+    assert min(seen) >= 3 and abs(np.mean(seen) / 6 - 0.7) < 0.05
+    assert all(len(synthetic.cameras_of(replace(s, missing=0.0), 0, pid)) == 6 for pid in range(20))
+
+def test_the_regdb_reader_reads_it(tmp_path):
+    root = write_benchmark(tmp_path / "r", **HALVES)
+    halves = set()
+    for trial in range(1, 11):
+        d = read_regdb(root, trial)
+        assert set(d.train.pid).isdisjoint(d.test.pid) and len(d.records) == 2 * 8 * 2
+        halves.add(tuple(sorted(set(d.train.pid))))
+    assert len(halves) > 3
+    assert fingerprint(root, deep=True)["images"] == 32
+
+def test_cameras_2_and_3_share_a_place():
+    by = {c.number: c for c in SYSU_CAMERAS}
+    assert by[2].place == by[3].place and len({c.place for c in SYSU_CAMERAS}) == 5
+    assert [c.number for c in SYSU_CAMERAS if c.infrared] == [3, 6]
+
+
+# --- bytes --------------------------------------------------------------------
+def test_processes_and_chunks_do_not_change_a_byte(small, tmp_path):
+    one = write_benchmark(tmp_path / "again", **{**SMALL, "workers": 1, "chunk": 3})
+    two = write_benchmark(tmp_path / "two", **{**SMALL, "workers": 2, "chunk": 1})
+    files = sorted(p.relative_to(small) for p in small.rglob("*") if p.is_file())
+    for other in one, two:
+        assert sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file()) == files
+        assert all((small / f).read_bytes() == (other / f).read_bytes() for f in files)
+    assert fingerprint(two, deep=True)["content"] == fingerprint(small)["content"]
+
+def test_another_seed_is_another_benchmark(small, tmp_path):
+    assert fingerprint(write_benchmark(tmp_path / "o", seed=1, **SMALL))["content"] != fingerprint(small)["content"]
+
+@limits(max_examples=8)
+@given(st.integers(1, 99), st.sampled_from(SYSU_CAMERAS + REGDB_CAMERAS), st.integers(1, 99))
+def test_an_image_depends_on_its_arguments_alone(pid, camera, frame):
+    s = PRESETS["regdb"] if camera in REGDB_CAMERAS else PRESETS["hard"]
+    first = render(s, 3, pid, camera, frame)
+    for cached in (synthetic.draw_person, synthetic.place, synthetic.optics): cached.cache_clear()
+    render(s, 3, pid + 1, camera, frame)
+    assert np.array_equal(first, render(s, 3, pid, camera, frame))
+    assert first.shape == (s.height, s.width, 3) and first.dtype == np.uint8
+
+PIXELS = """
+import hashlib
+from di2l.synthetic import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, render
+h = hashlib.sha256()
+for pid in range(1, 7):
+    for cam in SYSU_CAMERAS: h.update(render(PRESETS["hard"], 0, pid, cam, 1))
+    for cam in REGDB_CAMERAS: h.update(render(PRESETS["regdb"], 0, pid, cam, 1))
+print(h.hexdigest())
+"""
+
+def test_the_processor_s_vector_width_does_not_change_a_bit():
+    features = [f for f, on in np._core._multiarray_umath.__cpu_features__.items() if on]
+    optional = [f for f in np._core._multiarray_umath.__cpu_dispatch__ if f in features]
+    if not optional: pytest.skip("numpy has nothing to switch off on this processor")
+    narrow = {**os.environ, "NPY_DISABLE_CPU_FEATURES": " ".join(optional)}
+    runs = [subprocess.run([sys.executable, "-c", PIXELS], env=env, capture_output=True, text=True, check=True).stdout for env in (os.environ, narrow)]
+    assert runs[0] == runs[1] and len(runs[0]) == 65
+
+
+# --- knobs --------------------------------------------------------------------
+CHANGED = dict(height=128, width=64, missing=0.4, rho=0.2, ir_noise=3.0, ir_resolution=0.5, heading=180.0, nuisance=0.3, occlusion=1.0, silhouette=True, quality=60,
+               identities=6, val_identities=1, test_identities=4, images=2, test_visible=11, test_infrared=1)
+
+@pytest.mark.parametrize("knob", sorted(CHANGED))
+def test_every_knob_changes_something(knob, small, tmp_path):
+    s = replace(synthetic.settings_for("tiny", **{k: v for k, v in SMALL.items() if k not in ("preset", "workers")}), **{knob: CHANGED[knob]})
+    if knob in ("identities", "val_identities", "test_identities", "missing"):
+        before = json.loads((small / "benchmark.json").read_text())["settings"]
+        old = synthetic.check(Settings(**before))
+        seen = lambda s: [[c.number for c in synthetic.cameras_of(s, 0, p)] for p in range(1, 9)]
+        assert synthetic.splits(s, 0) != synthetic.splits(old, 0) or seen(s) != seen(old)
+    else:
+        pid, test = synthetic.splits(s, 0)["test" if knob.startswith("test") else "train"][0], knob.startswith("test")
+        done = dict(synthetic.write_identity(str(tmp_path), s, 0, pid, test))
+        old = {p.relative_to(small).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in small.glob(f"cam*/{pid:04d}/*.jpg")}
+        assert done != old
+        if knob in ("rho", "ir_noise", "ir_resolution"):  # the infrared side alone
+            assert all(done[n] == old[n] for n in done if not n.startswith(("cam3", "cam6")))
+            assert all(done[n] != old[n] for n in done if n.startswith(("cam3", "cam6")))
+
+def test_all_knobs_are_known_and_documented():
+    from fastcore.docments import docments
+    assert set(CHANGED) | {"layout"} == {f.name for f in fields(Settings)}
+    assert all(docments(Settings)[f.name] for f in fields(Settings))
+    for name, s in PRESETS.items(): assert synthetic.settings_for(name) == synthetic.check(s) == s
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.75, 1.0])
+def test_rho_is_the_correlation_of_infrared_with_luminance(rho):
+    rng = stream(0, 77)
+    colours = [draw_colour(rng) for _ in range(4000)]
+    seen = np.sqrt([float((c * synthetic.LUMINANCE).sum()) for c in colours])
+    infrared = np.sqrt([near_infrared(c, rho, rng) for c in colours])
+    assert abs(np.corrcoef(seen, infrared)[0, 1] - rho) < 0.05
+
+def test_infrared_has_no_colour_and_visible_has():
+    for cam in SYSU_CAMERAS:
+        image = render(PRESETS["default"], 0, 1, cam, 1).astype(int)
+        assert (np.ptp(image, axis=2).max() == 0) == cam.infrared
+
+def test_thermal_sees_warmth_and_no_pattern():
+    calm = replace(PRESETS["regdb"], nuisance=0.0, ir_noise=0.0, occlusion=0.0)
+    a = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
+    person = synthetic.draw_person(0, 1, calm.rho)
+    kept = person.pattern.copy()
+    try: person.pattern[:, 0] = synthetic.CHECKS; b = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
+    finally: person.pattern[:] = kept
+    assert np.array_equal(a, b)
+    assert person.heat[synthetic.SKIN] > person.heat[synthetic.UPPER] > person.heat[synthetic.BAG]
+
+def test_a_silhouette_hides_everything_but_the_outline():
+    flat = replace(PRESETS["default"], silhouette=True, nuisance=0.0, occlusion=0.0, missing=0.0)
+    rng = stream(0, 5, 1, 1, 1)
+    scene = synthetic.stage(flat, 0, 1, SYSU_CAMERAS[0], rng)
+    table = synthetic.materials(scene, "rgb", True)
+    assert np.ptp(table) == 0
+
+
+# --- controls that need no training --------------------------------------------
+def rank1(query, gallery, q_pids, g_pids):
+    dist = ((query[:, None] - gallery[None]) ** 2).sum(2)
+    return float(np.mean(g_pids[dist.argmin(1)] == q_pids))
+
+def histogram(image, bins=8):
+    image = image.astype(int) * bins // 256
+    return np.concatenate([np.bincount(image[..., c].ravel(), minlength=bins) for c in range(3)]) / image[..., 0].size
+
+@pytest.fixture(scope="module")
+def faces():
+    "Two images of each of 40 people at every camera."
+    s = PRESETS["default"]
+    return {cam.number: np.stack([[render(s, 0, pid, cam, f) for f in (1, 2)] for pid in range(1, 41)]) for cam in SYSU_CAMERAS}
+
+@pytest.mark.parametrize("feature", ["mean colour", "luminance histogram", "colour histogram"])
+def test_colour_alone_does_not_match_across_modalities(faces, feature):
+    of = {"mean colour": lambda i: i.reshape(-1, 3).mean(0) / 255, "luminance histogram": lambda i: histogram(i.mean(2, keepdims=True).repeat(3, 2).astype(np.uint8)), "colour histogram": histogram}[feature]
+    table = {cam: np.stack([[of(i) for i in pair] for pair in images]) for cam, images in faces.items()}
+    pids = np.arange(40)
+    across = [rank1(table[q][:, f], table[g][:, 0], pids, pids) for q in (3, 6) for g in (1, 2, 4, 5) for f in (0, 1)]
+    assert np.mean(across) < 3 / 40
+    within = np.mean([rank1(table[c][:, 1], table[c][:, 0], pids, pids) for c in (1, 2, 4, 5)])
+    if feature == "colour histogram": assert within > 3 / 40
+
+def test_people_can_be_told_apart_in_the_pixels(faces):
+    "Within a visible camera, colour in six stripes names the person far above chance."
+    stripes = lambda i: np.concatenate([p.reshape(-1, 3).mean(0) for p in np.array_split(i[:, 12:36].astype(float), 6)]) / 255
+    table = np.stack([[stripes(i) for i in pair] for pair in faces[4]])
+    assert rank1(table[:, 1], table[:, 0], np.arange(40), np.arange(40)) > 0.2
+
+
+# --- folders --------------------------------------------------------------------
+def test_the_same_again_is_left_alone(small):
+    before = {p: p.stat().st_mtime_ns for p in small.rglob("*")}
+    assert write_benchmark(small, **SMALL) == small
+    assert {p: p.stat().st_mtime_ns for p in small.rglob("*")} == before
+
+def test_another_configuration_is_never_overwritten(small):
+    before = fingerprint(small)
+    with pytest.raises(UserError, match="rho=0.75 there, 0.5 wanted.*another folder or delete"): write_benchmark(small, **{**SMALL, "rho": 0.5})
+    with pytest.raises(UserError, match="seed=0 there, 1 wanted"): write_benchmark(small, seed=1, **SMALL)
+    assert fingerprint(small, deep=True) == before
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="something else"): write_benchmark(tmp_path / "mine", **SMALL)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "words" and left_behind(tmp_path) == ["mine"]
+
+def test_an_empty_folder_is_taken(tmp_path):
+    (tmp_path / "new").mkdir()
+    assert fingerprint(write_benchmark(tmp_path / "new", **SMALL))["seed"] == 0
+    assert left_behind(tmp_path) == ["new"]
+
+def test_a_lost_or_changed_image_is_noticed(tmp_path):
+    root = write_benchmark(tmp_path / "b", **SMALL)
+    image = next(root.glob("cam1/*/*.jpg")); data = image.read_bytes()
+    image.write_bytes(data[:-1])
+    with pytest.raises(UserError, match="not those that were written"): fingerprint(root, deep=True)
+    image.unlink()
+    with pytest.raises(UserError, match="delete the folder and write it again"): write_benchmark(root, **SMALL)
+    (root / "benchmark.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"): write_benchmark(root, **SMALL)
+
+def test_a_file_is_in_the_way(tmp_path):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(UserError, match="is a file"): write_benchmark(tmp_path / "f", **SMALL)
+    with pytest.raises(UserError, match="give a folder that can be written"): write_benchmark(tmp_path / "f" / "below", **SMALL)
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*a, **k): raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(synthetic.tempfile, "mkdtemp", refuse)
+    with pytest.raises(UserError, match="Permission denied.*can be written"): write_benchmark(tmp_path / "b", **SMALL)
+    assert left_behind(tmp_path) == []
+
+def test_a_full_disk_is_seen_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic.shutil, "disk_usage", lambda p: type("Usage", (), dict(free=10_000))())
+    with pytest.raises(UserError, match="MB free.*another disk"): write_benchmark(tmp_path / "b", **SMALL)
+    assert left_behind(tmp_path) == []
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("bug")])
+def test_nothing_half_written_is_left(tmp_path, monkeypatch, workers, fault):
+    whole, count = synthetic.encode, []
+    def encode(*a):
+        count.append(1)
+        if len(count) > 7: raise fault
+        return whole(*a)
+    monkeypatch.setattr(synthetic, "encode", encode)
+    with pytest.raises(UserError if isinstance(fault, OSError) else RuntimeError): write_benchmark(tmp_path / "b", **{**SMALL, "workers": workers})
+    assert left_behind(tmp_path) == []
+
+def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
+    def stop(*a): raise KeyboardInterrupt
+    monkeypatch.setattr(synthetic, "write_lists", stop)
+    with pytest.raises(KeyboardInterrupt): write_benchmark(tmp_path / "b", **SMALL)
+    assert left_behind(tmp_path) == []
+
+@pytest.mark.parametrize("knobs, message", [
+    (dict(preset="giant"), "preset 'giant'; expected one of tiny, default, hard, regdb"),
+    (dict(identities=0, val_identities=0), "identities=0; expected a number from 2"),
+    (dict(rho=1.5), "rho=1.5; expected a number from 0 to 1"), (dict(rho=float("nan")), "rho=nan"), (dict(rho="much"), "rho='much'; expected a number"),
+    (dict(test_visible=4), "multi-shot protocol draws 10"), (dict(val_identities=300), "at least one identity left"),
+    (dict(missing=0.9), "missing=0.9"), (dict(roh=0.5), "did you mean 'rho'"), (dict(images=2.5), "a whole number"), (dict(silhouette=3), "true or false"),
+    (dict(preset="regdb", images=5), "three equal numbers"), (dict(preset="regdb", identities=5), "two equal numbers"), (dict(layout="llcm"), "'sysu' or 'regdb'"),
+    (dict(seed=-1), "seed=-1"), (dict(height=4), "height=4"), (dict(quality=100), "quality=100"), (dict(workers=0), "workers=0"), (dict(chunk=0), "chunk=0"),
+])
+def test_impossible_knobs(tmp_path, knobs, message):
+    with pytest.raises(UserError, match=message.replace("[", r"\[")): write_benchmark(tmp_path / "b", **knobs)
+    assert left_behind(tmp_path) == []
+
+
+# --- command line -----------------------------------------------------------------
+def run(*words): return subprocess.run([sys.executable, "-c", "from di2l.synthetic import main; main()", *map(str, words)], capture_output=True, text=True)
+
+def test_the_command_writes_a_benchmark(small, tmp_path):
+    words = [f"--{k}={v}" for k, v in SMALL.items()]
+    done = run(tmp_path / "b", *words, "--json", tmp_path / "about.json", "--seed", 0)
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "about.json").read_text())
+    assert about["content"] == fingerprint(small)["content"] and about["settings"] == fingerprint(small)["settings"]
+    assert about["version"] == synthetic.VERSION and set(about["settings"]) == set(asdict(Settings()))
+
+def test_the_command_says_what_is_wrong(tmp_path):
+    assert run("--help").returncode == 0
+    for words, message in (((tmp_path / "b", "--rho", 2), "rho=2"), ((tmp_path / "b", "--preset", "giant"), "giant"), ((tmp_path / "b", "--silhouette", "perhaps"), "true or false")):
+        done = run(*words)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert run(tmp_path / "b", "--no_such_knob", 1).returncode == 2
