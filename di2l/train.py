@@ -9,8 +9,8 @@ __all__ = ['PRESETS', 'SOURCES', 'test', 'HEADS', 'KEEP', 'MAY_DIFFER', 'Config'
            'random_states', 'set_random_states', 'differences', 'Log', 'read_log', 'plot_log', 'Curves', 'Interrupted',
            'NonFinite', 'Signals', 'Run', 'versions', 'fingerprint', 'describe', 'train', 'finish', 'options', 'main']
 
-# %% ../nbs/08_train.ipynb #9a3ccd2f
-import csv, dataclasses, difflib, functools, hashlib, io, json, math, os, random, resource, shutil, signal, sys, threading, time, typing
+# %% ../nbs/08_train.ipynb #d88c26da
+import csv, dataclasses, difflib, functools, hashlib, io, json, math, os, random, resource, shutil, signal, sys, threading, time, typing, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -258,7 +258,7 @@ class Batches:
         pids = torch.cat([self.labels[visible].repeat(self.method.copies), self.labels[infrared]])
         return {k: v.contiguous(memory_format=torch.channels_last) for k, v in views.items()}, pids
 
-# %% ../nbs/08_train.ipynb #82119114
+# %% ../nbs/08_train.ipynb #9bdf292e
 def choose_precision(
     c,       # `Config`
     device,  # `torch.device`
@@ -272,8 +272,10 @@ def make_accelerator(
     c,  # `Config`
 ):      # `accelerate.Accelerator`
     "The device, the processes and the precision."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress")   # it imports a progress bar that we do not use
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     if c.device == "cuda" and not torch.cuda.is_available(): raise UserError("device = 'cuda', but PyTorch finds no GPU here; use cpu or auto")
     cpu = c.device == "cpu" or not torch.cuda.is_available()
     precision = choose_precision(c, torch.device("cpu" if cpu else "cuda"))

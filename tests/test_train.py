@@ -1,5 +1,5 @@
 "Training: resumed to the bit, shared exactly, stopped in time, and every option does something."
-import csv, json, multiprocessing, os, random, resource, signal, subprocess, sys, time
+import json, multiprocessing, os, random, resource, signal, socket, subprocess, sys, time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -249,32 +249,38 @@ def test_a_number_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch,
 
 # --- several processes
 
-SHARED = """
-import sys, json, torch
-from di2l import train as T
-run = T.Run(T.config("quick", **json.loads(sys.argv[2])), "unused")
-for m in run.network.modules():
-    if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
-scalars = run.forward_backward(0, 1)
-if run.rank == 0: torch.save(dict(scalars=scalars, gradients={n: p.grad for n, p in run.network.named_parameters() if p.grad is not None}), sys.argv[1])
-"""
+def _rank(rank, world, port, target, args):
+    "A process as a launcher starts it."
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    target(*args)
 
 
-def launch(world, *words):
-    "Run python in `world` gloo processes."
-    port = 20000 + os.getpid() % 20000 + world
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(port), *words]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+def together(world, target, *args, check=True):
+    "Run `target` in `world` gloo processes."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [FRESH.Process(target=_rank, args=(r, world, port, target, args), daemon=True) for r in range(world)]
+    for p in ranks: p.start()
+    for p in ranks: p.join(300)
+    assert not check or [p.exitcode for p in ranks] == [0] * world
+
+
+def _one_batch(config, file):
+    "Loss terms and gradients of one batch, batch normalisation by its running statistics."
+    run = T.Run(config, "unused")
+    for m in run.network.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+    scalars = run.forward_backward(0, 1)
+    gradients = {n: p.grad for n, p in run.network.named_parameters() if p.grad is not None}
+    if run.rank == 0: torch.save(dict(scalars=scalars, gradients=gradients), file)
 
 
 def test_2_and_4_processes_compute_what_one_does(small, tmp_path):
-    script = tmp_path / "shared.py"
-    script.write_text(SHARED)
-    words = json.dumps({**SMALL, "root": small().root, "precision": "fp32", "ids": 8})
-    results = []
+    c, results = small(precision="fp32", ids=8), []
     for world in 1, 2, 4:
-        launch(world, str(script), str(tmp_path / f"{world}.pt"), words)
+        together(world, _one_batch, c, tmp_path / f"{world}.pt")
         results.append(torch.load(tmp_path / f"{world}.pt"))
     one = results[0]
     assert max(g.abs().max() for g in one["gradients"].values()) > 0.01
@@ -284,16 +290,25 @@ def test_2_and_4_processes_compute_what_one_does(small, tmp_path):
         for name in one["gradients"]: torch.testing.assert_close(many["gradients"][name], one["gradients"][name], rtol=0, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
-def test_2_processes_train_and_resume(small, tmp_path):
-    words = [f"--{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in {**SMALL, "root": small().root, "save_every": 2}.items()]
-    script = tmp_path / "command.py"
-    script.write_text("import os, sys\nfrom di2l import train as T\nif os.environ.get('HALF'): T.Run.fit = (lambda fit: lambda self: (setattr(self, 'total', 4), fit(self)))(T.Run.fit)\nT.main(sys.argv[1:])\n")
-    launch(2, str(script), "--out", str(tmp_path / "a"), "--steps=6", *words)
-    import shutil
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    for name in ("model.safetensors", "summary.json"): (tmp_path / "b" / name).unlink()
-    shutil.rmtree(tmp_path / "b/checkpoints/step-00000006")
-    launch(2, str(script), "--out", str(tmp_path / "b"), "--steps=6", "--resume", *words)
+def _train_until(config, out, step):
+    "Train as the launcher's processes do, and die at `step` if there is one."
+    one_step = T.Run.one_step
+    def dying(self):
+        if self.step == step: os.kill(os.getpid(), signal.SIGKILL)
+        one_step(self)
+    T.Run.one_step = dying
+    T.train(config, out, resume=True, quiet=True)
+
+
+def test_2_processes_killed_and_resumed_end_as_torchrun_does(small, tmp_path):
+    c = small(steps=6)
+    words = [f"--{k}={'x'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in {**SMALL, "root": c.root, "save_every": 2, "steps": 6, "out": tmp_path / "a"}.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", sys.executable, "-c", "from di2l.train import main; main()", *words]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes" in done.stdout and done.stdout.count("Done.") == 1
+    together(2, _train_until, c, tmp_path / "b", 3, check=False)              # dies
+    together(2, _train_until, c, tmp_path / "b", -1)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert json.loads((tmp_path / "a/summary.json").read_text())["processes"] == 2
 
@@ -445,3 +460,17 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for f in (*fields(T.Config), *fields(model.DI2LMethod)): assert f"--{f.name} " in text or f.name == "settings"
+
+
+# --- a GPU, where there is one
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_sees_the_same_batches_and_learns(small, tmp_path):
+    gpu, cpu = (T.Run(small(device=d, precision="fp32"), "unused") for d in ("cuda", "cpu"))
+    for a, b in zip(gpu.batches(0, 1)[0].values(), cpu.batches(0, 1)[0].values()): torch.testing.assert_close(a.cpu(), b)
+    for a, b in zip(gpu.forward_backward(0, 1).values(), cpu.forward_backward(0, 1).values()): torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
+    out = T.train(small(device="cuda", steps=45, save_every=20), tmp_path / "run", quiet=True)
+    log = T.read_log(out)
+    assert len(log) == 45 and log.loss.tail(5).mean() < log.loss.head(5).mean()
+    (out / "summary.json").unlink(); import shutil; shutil.rmtree(out / "checkpoints/step-00000045")
+    assert len(T.read_log(T.train(small(device="cuda", steps=45, save_every=20), out, resume=True, quiet=True))) == 45
