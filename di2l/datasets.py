@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'ENDINGS', 'COLUMNS', 'SYSU_CAMERAS', 'MAX_PIXELS', 'MIN_SIDE', 'AGAIN', 'CACHE_VERSION', 'DIRECTIONS',
-           'UserError', 'cli', 'progress', 'Dataset', 'complain', 'is_image', 'listing', 'read_text', 'read_ids',
-           'dataset_root', 'read_sysu', 'read_list', 'read_regdb', 'read_llcm', 'read_dataset', 'hold_out',
-           'class_labels', 'read_bytes', 'decode', 'read_image', 'in_parallel', 'Rows', 'ImageCache', 'cache_folder',
-           'stamps', 'cache_images', 'IdentitySampler', 'Protocol', 'direction_of', 'draw_gallery', 'read_permutations',
-           'official_galleries', 'sysu_protocol', 'regdb_protocol', 'llcm_protocol', 'protocols']
+           'SYSU_TOTALS', 'ALONE', 'LLCM_TOTALS', 'VARIANTS', 'JUNK', 'ENDS', 'UserError', 'cli', 'progress', 'Dataset',
+           'complain', 'is_image', 'listing', 'read_text', 'read_ids', 'dataset_root', 'read_sysu', 'read_list',
+           'read_regdb', 'read_llcm', 'read_dataset', 'hold_out', 'class_labels', 'read_bytes', 'decode', 'read_image',
+           'in_parallel', 'Rows', 'ImageCache', 'cache_folder', 'stamps', 'cache_images', 'IdentitySampler', 'Protocol',
+           'direction_of', 'draw_gallery', 'read_permutations', 'official_galleries', 'sysu_protocol', 'regdb_protocol',
+           'llcm_protocol', 'protocols', 'sysu_counts', 'write_standin', 'Report', 'walk_images', 'check_image',
+           'verify', 'verify_main']
 
-# %% ../nbs/00_datasets.ipynb #a5c6a6c2
-import contextlib, hashlib, inspect, io, json, os, re, shutil, sys, threading, time, warnings
+# %% ../nbs/00_datasets.ipynb #76c1722f
+import contextlib, hashlib, inspect, io, json, os, re, shutil, sys, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -22,7 +24,7 @@ from fastcore.script import anno_parser
 from PIL import Image
 from tqdm import tqdm
 
-# %% ../nbs/00_datasets.ipynb #030b1ffa
+# %% ../nbs/00_datasets.ipynb #cfc65658
 class UserError(Exception): "A user's mistake: what was found, what was expected, what to do."
 
 
@@ -39,6 +41,7 @@ def cli(
     @wraps(main)
     def run(*args, **kwargs):
         if args or kwargs or not _command_line(inspect.currentframe().f_back): return main(*args, **kwargs)
+        warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
         options = vars(anno_parser(main).parse_args())
         for hidden in "pdb", "xtra": options.pop(hidden, None)
         try: result = main(**options)
@@ -506,7 +509,7 @@ class ImageCache:
         else: out[:] = self.images[rows]
         return torch.from_numpy(out).permute(0, 3, 1, 2)  # (B,3,H,W)
 
-# %% ../nbs/00_datasets.ipynb #e5d28a08
+# %% ../nbs/00_datasets.ipynb #1a921647
 def cache_folder(
     dataset: Dataset,  # whose images are kept
 ) -> Path:
@@ -514,6 +517,7 @@ def cache_folder(
     beside = Path(dataset.root) / ".di2l_cache"
     if os.access(beside if beside.exists() else dataset.root, os.W_OK): return beside
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "di2l"
+    warnings.warn(f"the image cache goes to {home}, since {dataset.root} cannot be written")
     return home / f"{dataset.name}-{hashlib.sha256(str(Path(dataset.root).resolve()).encode()).hexdigest()[:12]}"
 
 
@@ -565,14 +569,26 @@ def _locked(file):
         yield
 
 
+def _write_index(index, stamps, digests, store):
+    "What makes a cache a finished one: written last, and whole."
+    with open(index.with_suffix(".partial"), "wb") as f:
+        np.savez(f, stamps=stamps, digests=digests, store=store.name, bytes=store.stat().st_size)
+        f.flush(); os.fsync(f.fileno())
+    os.replace(index.with_suffix(".partial"), index)
+
 def _finished(index, root, paths):
     "The memory map named by a finished index, if no file has changed; else None."
-    try: known = np.load(index)
-    except (OSError, ValueError, EOFError): return None
-    now, then, store = stamps(root, paths), known["stamps"], index.with_name(str(known["store"]))
-    if not store.is_file() or not np.array_equal(now[:, 0], then[:, 0]): return None
-    for i in np.flatnonzero((now != then).any(1)):  # touched or copied: does the content differ?
+    try:
+        with np.load(index) as file: known = dict(file)
+        then, store = known["stamps"], index.with_name(str(known["store"]))
+        if store.stat().st_size != known["bytes"]: return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile): return None
+    now = stamps(root, paths)
+    if not np.array_equal(now[:, 0], then[:, 0]): return None
+    touched = np.flatnonzero((now != then).any(1))  # written again or copied: does the content differ?
+    for i in touched:
         if _digest(read_bytes(os.path.join(root, paths[i]))) != known["digests"][i].tobytes(): return None
+    if len(touched): _write_index(index, now, known["digests"], store)
     return store
 
 
@@ -586,8 +602,7 @@ def _write(index, root, paths, size, workers):
     partial = store.with_suffix(".partial")
     digests = _build(root, paths, size, partial, workers)
     os.replace(partial, store)
-    with open(index.with_suffix(".partial"), "wb") as f: np.savez(f, stamps=before, digests=digests, store=store.name); f.flush(); os.fsync(f.fileno())
-    os.replace(index.with_suffix(".partial"), index)
+    _write_index(index, before, digests, store)
     for old in index.parent.glob(f"{index.stem}-*.npy"):
         if old != store: old.unlink()
     return store
@@ -612,7 +627,7 @@ def cache_images(
             store = _finished(index, dataset.root, paths) or _write(index, dataset.root, paths, size, workers)
     return ImageCache(store, np.searchsorted(paths, dataset.records.path))
 
-# %% ../nbs/00_datasets.ipynb #204693f4
+# %% ../nbs/00_datasets.ipynb #97aef2dc
 class IdentitySampler:
     "Batches of `ids` identities × (`visible` + `infrared` images); every identity equally often in an epoch."
     def __init__(
@@ -626,6 +641,8 @@ class IdentitySampler:
         world: int = 1,      # number of processes that share each batch
     ):
         self.ids, self.counts, self.seed, self.rank, self.world = ids, dict(zip(MODALITIES, (visible, infrared))), seed, rank, world
+        for what, n in (("ids", ids), ("visible", visible), ("infrared", infrared)):
+            if n < 1: raise UserError(f"{what} = {n}; a batch needs at least 1")
         if ids % world: raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
         self.pids = self._with_both(records)
         if len(self.pids) < ids: raise UserError(f"{len(self.pids)} identities have both modalities, and a batch needs {ids}; give a smaller ids or more data")
@@ -738,14 +755,14 @@ def draw_gallery(
     place = np.arange(len(order)) - starts[np.cumsum(new) - 1]
     return np.sort(candidates.index.to_numpy()[order[place < shots]])
 
-# %% ../nbs/00_datasets.ipynb #741f1b77
+# %% ../nbs/00_datasets.ipynb #6553d997
 def read_permutations(
     path,  # `rand_perm_cam.mat` of SYSU-MM01's authors
 ):  # [camera − 1][identity − 1] → (10, n) permutations of 1…n
     "The official gallery draws."
     from scipy.io import loadmat
     try: table = loadmat(path)["rand_perm_cam"]
-    except FileNotFoundError: raise UserError(f"{path}: not found; get rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split), or leave it out to draw galleries by seed") from None
+    except OSError: raise UserError(f"{path}: not found; get rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split), or leave it out to draw galleries by seed") from None
     except (KeyError, ValueError, TypeError, NotImplementedError): raise UserError(f"{path}: is not the official rand_perm_cam.mat; get it from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
     return [[cell[0] for cell in cam[0]] for cam in table]
 
@@ -813,6 +830,10 @@ def llcm_protocol(
     return Protocol(query.index.to_numpy(), galleries, "llcm", dict(dataset="llcm", direction=direction, mode="all", shots=1, gallery=f"drawn, seed {seed}"))
 
 
+def _sysu_modes(records):
+    "Indoor-search only where somebody was seen by cameras 1 and 2: the official val identities, which `hold_out` tests on, never were."
+    return ["all", "indoor"] if _tested(records).cam.isin((1, 2)).any() else ["all"]
+
 def protocols(
     dataset: Dataset,   # with test records
     permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`
@@ -820,8 +841,311 @@ def protocols(
 ) -> list:  # of `Protocol`
     "Every standard protocol of the dataset."
     r = dataset.records
-    if dataset.name == "sysu": return [sysu_protocol(r, mode, shots, permutations, seed) for mode in ("all", "indoor") for shots in (1, 10)]
+    if dataset.name == "sysu": return [sysu_protocol(r, mode, shots, permutations, seed) for mode in _sysu_modes(r) for shots in (1, 10)]
     if dataset.name == "llcm": return [llcm_protocol(r, d, seed) for d in DIRECTIONS]
     plans = [regdb_protocol(r, d) for d in DIRECTIONS]
     for p in plans: p.about["trial"] = dataset.trial
     return plans
+
+# %% ../nbs/00_datasets.ipynb #9de1aec9
+SYSU_TOTALS = {  # split: (identities, {camera: (images, identities seen)}), counted in the official permutations
+    "test": (96, {1: (1374, 56), 2: (1565, 56), 3: (1883, 93), 4: (1918, 94), 5: (1918, 95), 6: (1920, 96)}),
+    "train": (296, {1: (4721, 194), 2: (5753, 195), 3: (5929, 293), 4: (4821, 283), 5: (4989, 294), 6: (4000, 200)}),
+    "val": (99, {3: (1980, 99), 4: (990, 99), 5: (984, 96)}),
+    None: (22, {1: (194, 9), 2: (210, 8), 3: (20, 1), 4: (301, 17), 5: (333, 17), 6: (60, 3)})}  # in no split, one modality each
+ALONE = ["45"] * 10 + ["145"] + ["1245"] * 6 + ["12"] * 2 + ["36"] + ["6"] * 2  # cameras of those 22
+LLCM_TOTALS = {"train": (713, 16946, 13975), "test": (351, 8680, 7166)}  # identities, visible, infrared images
+
+def _evenly(total, n):
+    "`total` in `n` parts that differ by one at most."
+    return [total // n + (i < total % n) for i in range(n)]
+
+def _sysu_counts_by_totals():
+    "(camera, identity) → images, and split → identities, from `SYSU_TOTALS`. Cameras 1, 2 and 6 see the first identities of a split, 3, 4 and 5 the last."
+    counts, splits, first = {}, {}, 1
+    for split, (n, cams) in SYSU_TOTALS.items():
+        pids = list(range(first, first + n)); first += n
+        if split: splits[split] = pids
+        for cam, (images, seen) in cams.items():
+            who = pids[:seen] if cam in (1, 2, 6) else pids[n - seen:]
+            if split is None: who = [p for p, cs in zip(pids, ALONE) if str(cam) in cs]
+            counts.update({(cam, p): c for p, c in zip(who, _evenly(images, len(who)))})
+    return counts, splits
+
+def sysu_counts(
+    permutations=None,  # official `rand_perm_cam.mat`, with `test_id.mat` and `train_id.mat` beside it; None: even counts with the same totals
+) -> tuple:  # {(camera, identity): images}, {split: identities}
+    "How many images of whom SYSU-MM01 has from each camera."
+    if permutations is None: return _sysu_counts_by_totals()
+    table, beside = read_permutations(permutations), Path(permutations).parent
+    counts = {(c, p): o.shape[1] for c, cam in enumerate(table, 1) for p, o in enumerate(cam, 1) if o.shape[1]}
+    splits = {s: read_ids(beside / f"{s}_id.mat") for s in ("train", "test")}
+    seen = {m: {p for c, p in counts if SYSU_CAMERAS[c] == m} for m in MODALITIES}
+    splits["val"] = sorted((seen["visible"] & seen["infrared"]) - set(splits["train"]) - set(splits["test"]))
+    return counts, splits
+
+# %% ../nbs/00_datasets.ipynb #7ef8ccf5
+VARIANTS = 4  # different images of an identity in a modality; the frames after them repeat their pixels
+
+def _figure(
+    pid: int,           # whose image
+    modality: str,      # visible or infrared
+    variant: int,       # 0…VARIANTS−1
+    size: tuple,        # (H, W)
+) -> Image.Image:
+    "Head, trunk and legs in the identity's colours on noise."
+    rng, (H, W) = np.random.default_rng((pid, modality == "visible", variant)), size
+    colours = np.random.default_rng((pid, modality == "visible")).integers(40, 216, (3, 3))
+    image = rng.integers(85, 136, (H, W, 1)).repeat(3, 2)                                           # (H,W,3)
+    body = colours.repeat([H // 5, 2 * (H // 5), H - 3 * (H // 5)], axis=0)[:, None]                # (H,1,3)
+    left = W // 5 + int(rng.integers(W // 6 + 1))
+    image[:, left:left + W // 2] += body - 110
+    if modality == "infrared": image = image.mean(2, keepdims=True).repeat(3, 2)
+    return Image.fromarray((image + rng.integers(-12, 13)).clip(0, 255).astype(np.uint8))
+
+
+def _unique(
+    data: bytes,  # of a JPEG or BMP file
+    number: int,  # of the image
+) -> bytes:
+    "The same pixels with other bytes: a comment after a JPEG's first marker, a tail after a BMP's last row."
+    mark = number.to_bytes(4, "big")
+    return data[:2] + b"\xff\xfe\x00\x06" + mark + data[2:] if data[:2] == b"\xff\xd8" else data + mark
+
+
+def _encode(image, ending):
+    stream = io.BytesIO()
+    image.save(stream, {"jpg": "JPEG", "bmp": "BMP"}[ending])
+    return stream.getvalue()
+
+
+def _sysu_plan(permutations, every):
+    counts, splits = sysu_counts(permutations)
+    keep = {p for pids in [*splits.values(), sorted({p for _, p in counts} - {p for v in splits.values() for p in v})] for p in pids[::every]}
+    files = [(f"cam{c}/{p:04d}/{i:04d}.jpg", p, c, SYSU_CAMERAS[c], i) for (c, p), n in counts.items() if p in keep for i in range(1, n + 1)]
+    return files, {f"exp/{s}_id.txt": ",".join(str(p) for p in pids if p in keep) for s, pids in splits.items()}
+
+def _regdb_plan(every):
+    pids, texts = list(range(1, 413, every)), {}
+    names = {(kind, p): [f"{kind.title()}/{p}/person_{kind[0]}_{20 * p + i:05d}_{p}.bmp" for i in range(10)] for kind in ("visible", "thermal") for p in pids}
+    for trial in range(1, 11):
+        order = np.random.default_rng((412, trial)).permutation(pids)
+        for split, half in zip(("train", "test"), np.array_split(order, 2)):
+            for kind in "visible", "thermal":
+                texts[f"idx/{split}_{kind}_{trial}.txt"] = "\n".join(f"{f} {k}" for k, p in enumerate(half) for f in names[kind, int(p)])
+    files = [(f, p, 1 + (kind == "thermal"), "infrared" if kind == "thermal" else "visible", i) for (kind, p), fs in names.items() for i, f in enumerate(fs)]
+    return files, texts
+
+def _llcm_plan(every):
+    files, lists, test, first = [], {"vis": [], "nir": []}, [], 1
+    for split, (n, *images) in LLCM_TOTALS.items():
+        for kind, total in zip(lists, images):
+            cams = [c for c in range(1, 10) if (split, kind, c) != ("test", "nir", 3)]  # the public code reads no test_nir/cam3
+            for k, m in list(enumerate(_evenly(total, n)))[::every]:
+                for i in range(m):
+                    p, c = first + k, cams[(k + i) % len(cams)]
+                    name = f"{p:04d}/{p:04d}_c{c:02d}_s{100000 + i:06d}_f{i:04d}_{kind}.jpg"
+                    path = f"{kind}/{name}" if split == "train" else f"test_{kind}/cam{c}/{name}"
+                    files.append((path, p, c, "visible" if kind == "vis" else "infrared", i))
+                    if split == "train": lists[kind].append(f"{path} {k}")
+        if split == "test": test = list(range(first, first + n))[::every]
+        first += n
+    return files, {**{f"idx/train_{kind}.txt": "\n".join(v) for kind, v in lists.items()}, "idx/test_id.txt": ",".join(map(str, test))}
+
+# %% ../nbs/00_datasets.ipynb #dd205080
+def write_standin(
+    name: str,          # "sysu", "regdb" or "llcm"
+    out,                # folder to fill; new or empty
+    permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`, for the real counts of each identity and camera
+    size=(96, 40),      # (H, W) of the images
+    every: int = 1,     # keep each n-th identity only, for quick tests
+) -> Path:  # `out`
+    "A tree with a dataset's layout, names and counts, and flat-coloured images. Marked as a stand-in by `standin.json`."
+    out = Path(out)
+    if out.exists() and any(out.iterdir()): raise UserError(f"{out}: is not empty; give a new folder for the stand-in")
+    plans = {"sysu": lambda: _sysu_plan(permutations, every), "regdb": lambda: _regdb_plan(every), "llcm": lambda: _llcm_plan(every)}
+    if name not in plans: raise UserError(f"no dataset is called {name!r}; there are sysu, regdb and llcm")
+    files, texts = plans[name]()
+    for folder in {f.rpartition("/")[0] for f in [*texts, *(f[0] for f in files)]}: (out / folder).mkdir(parents=True, exist_ok=True)
+    for text, content in texts.items(): (out / text).write_text(content + "\n")
+    encoded = lru_cache(4096)(lambda pid, modality, variant, ending: _encode(_figure(pid, modality, variant, size), ending))
+    for i, (path, pid, cam, modality, frame) in enumerate(progress(files, desc=f"stand-in for {name}", unit="image")):
+        (out / path).write_bytes(_unique(encoded(pid, modality, frame % VARIANTS, path[-3:]), i))
+    counts = "of the official permutations" if permutations else "published totals, spread evenly"
+    (out / "standin.json").write_text(json.dumps(dict(standin_for=name, counts=counts, every=every, images=len(files)), indent=1) + "\n")
+    return out
+
+# %% ../nbs/00_datasets.ipynb #a0ec53d9
+JUNK = re.compile(r"(\.|thumbs\.db$|desktop\.ini$|__macosx$)", re.I)  # left by file managers; never looked at
+
+@dataclass
+class Report:
+    "What `di2l_verify` found."
+    name: str       # dataset
+    root: Path      # its folder
+    checks: list    # (what was counted, expected or None, found)
+    problems: list  # messages that begin with a file or folder
+    notes: list     # worth knowing, and not wrong
+
+    @property
+    def ok(self): return not self.problems and all(want in (None, got) for _, want, got in self.checks)
+
+    def __str__(self):
+        number = lambda v: "—" if v is None else f"{v:,}" if isinstance(v, int) else str(v)
+        rows = [("", "expected", "found", "")] + [(w, number(e), number(f), "" if e is None else "ok" if e == f else "WRONG") for w, e, f in self.checks]
+        widths = [max(len(r[k]) for r in rows) for k in range(4)]
+        lines = ["  ".join([r[0].ljust(widths[0]), r[1].rjust(widths[1]), r[2].rjust(widths[2]), r[3]]).rstrip() for r in rows]
+        wrong = sum(e not in (None, f) for _, e, f in self.checks)
+        verdict = "complete and readable" if self.ok else f"{len(self.problems)} problems, {wrong} wrong counts"
+        return "\n".join([f"{self.name} in {self.root}", *lines, *[f"problem: {p}" for p in self.problems], *[f"note: {n}" for n in self.notes], verdict])
+
+    def to_json(self):
+        problems = [dict(zip(("file", "problem"), p.partition(": ")[::2])) for p in self.problems]
+        checks = [dict(what=w, expected=e, found=f, ok=e in (None, f)) for w, e, f in self.checks]
+        return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=checks, problems=problems, notes=self.notes)
+
+
+def walk_images(
+    root: Path,  # of a dataset
+    problems,    # list that unreadable folders are added to
+) -> tuple:  # paths of images, paths of other files, both relative and sorted
+    "Every file below the root, apart from what file managers leave."
+    images, others = [], []
+    fail = lambda e: complain(problems, f"{e.filename}: cannot be read ({e.strerror}); every folder of the dataset must be readable: check its permissions (chmod -R u+rX)")
+    for folder, inner, files in os.walk(root, onerror=fail):
+        inner[:] = sorted(d for d in inner if not JUNK.match(d))
+        below = Path(folder).relative_to(root).as_posix()
+        for f in files:
+            if not JUNK.match(f): (images if is_image(f) else others).append(f if below == "." else f"{below}/{f}")
+    return sorted(images), sorted(others)
+
+
+ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}  # how a whole file ends
+
+def check_image(
+    file,        # path
+    deep: bool,  # decode all of it; otherwise only if its end is missing
+) -> bytes:  # digest of the content if deep
+    "Raises `UserError` for an image that cannot be used."
+    if deep:
+        data = read_bytes(file)
+        decode(data, file=file)
+        return _digest(data)
+    try:
+        with open(file, "rb") as f:
+            bytes_ = f.seek(0, 2)
+            f.seek(max(0, bytes_ - 64)); end = f.read()
+            f.seek(0)
+            if bytes_: _open(file, f)
+    except OSError as e: raise UserError(f"{file}: cannot be read ({e.strerror}); check its permissions or {AGAIN}") from None
+    if ENDS.get(Path(file).suffix.lower(), b"?") not in end: decode(read_bytes(file), file=file)
+
+# %% ../nbs/00_datasets.ipynb #af2fa427
+def _check_images(root, images, deep, workers, problems, notes):
+    "Look into every image; with `deep` also for contents that occur twice."
+    same = {}
+    def one(i):
+        found = check_image(root / images[i], deep)
+        if deep: same.setdefault(found, []).append(images[i])
+    problems += in_parallel(one, len(images), "decode" if deep else "headers", workers)
+    twice = sorted(sorted(v) for v in same.values() if len(v) > 1)
+    notes += [f"{', '.join(v)} have the same content" for v in twice]
+
+
+def _numbers(rows, split=None, modality=None):
+    "Images and identities among rows (path, pid, cam, modality, split)."
+    some = [r for r in rows if (split is None or r[4] == split) and modality in (None, r[3])]
+    return len(some), len({r[1] for r in some})
+
+def _both(rows): return len({r[1] for r in rows if r[3] == "visible"} & {r[1] for r in rows if r[3] == "infrared"})
+
+def _gaps(root, rows, counts, problems):
+    "Name what SYSU-MM01 lacks: by the official counts if they were given, otherwise by gaps in the files' numbers where a camera has too few."
+    found = {}
+    for path, pid, cam, *_ in rows: found.setdefault((cam, pid), set()).add(PurePosixPath(path).stem)
+    for (cam, pid), n in sorted((counts or {}).items()):
+        got = len(found.get((cam, pid), ()))
+        if got != n: problems.append(f"{root / f'cam{cam}' / f'{pid:04d}'}: has {got} images, {n} are expected; {AGAIN.replace('it', 'the folder', 1)}")
+    short = [cam for cam in SYSU_CAMERAS if sum(len(v) for (c, _), v in found.items() if c == cam) < sum(t[1].get(cam, (0,))[0] for t in SYSU_TOTALS.values())]
+    for (cam, pid), stems in sorted(found.items()):
+        if cam not in short or counts or not all(s.isdecimal() for s in stems): continue
+        width, numbers = max(map(len, stems)), {int(s) for s in stems}
+        problems += [f"{root / f'cam{cam}' / f'{pid:04d}' / f'{k:0{width}d}'}.*: is missing; {AGAIN}" for k in range(1, max(numbers)) if k not in numbers]
+
+def _verify_sysu(root, official, permutations, problems, notes):
+    root, rows = _scan_sysu(root, problems)
+    alone = _numbers(rows)[1] - _both(rows)
+    if alone: notes.append(f"{alone} identities have one modality only" + (", as in the official dataset, where they stand in no split" if alone == 22 else "") + "; they are neither trained on nor tested")
+    if official: _gaps(root, rows, sysu_counts(permutations)[0] if permutations else None, problems)
+    pool = lambda *cams: len({(r[1], r[2]) for r in rows if r[4] == "test" and r[2] in cams})
+    checks = [("visible images", 30071, _numbers(rows, None, "visible")[0]), ("infrared images", 15792, _numbers(rows, None, "infrared")[0])]
+    checks += [(f"camera {c} ({m})", sum(t[1].get(c, (0,))[0] for t in SYSU_TOTALS.values()), sum(r[2] == c for r in rows)) for c, m in SYSU_CAMERAS.items()]
+    checks += [("identities with both modalities", 491, _both(rows))] + [(f"{s} identities", n, _numbers(rows, s)[1]) for s, n in (("train", 296), ("val", 99), ("test", 96))]
+    checks += [("queries (infrared test images)", 3803, _numbers(rows, "test", "infrared")[0]), ("single-shot gallery, all-search", 301, pool(1, 2, 4, 5)), ("single-shot gallery, indoor-search", 112, pool(1, 2))]
+    return root, rows, checks
+
+def _verify_regdb(root, official, permutations, problems, notes):
+    rows, trials, folder, checks = set(), [], root, []
+    for trial in range(1, 11):
+        folder, some = _scan_regdb(root, trial, problems if trial == 1 or Path(root, "idx").is_dir() else [])
+        for s, m in ((s, m) for s in ("train", "test") for m in MODALITIES): trials.append((f"trial {trial}: {s}, {m} images", 2060, _numbers(some, s, m)[0]))
+        trials.append((f"trial {trial}: identities", (206, 206), tuple(_numbers(some, s)[1] for s in ("train", "test"))))
+        paths = [r[0] for r in some]
+        problems += [f"{folder / p}: is listed twice in trial {trial}; each image may be listed once: remove the duplicate line" for p in sorted({p for p in paths if paths.count(p) > 1} if len(paths) != len(set(paths)) else ())]
+        rows |= {r[:4] + ("listed",) for r in some}
+    rows = sorted(rows)
+    checks = [("identities", 412, _numbers(rows)[1])] + [(f"{m} images", 4120, _numbers(rows, None, m)[0]) for m in MODALITIES]
+    per = {}
+    for r in rows: per[r[1], r[3]] = per.get((r[1], r[3]), 0) + 1
+    checks.append(("identities with 10 + 10 images", 412, sum(per.get((p, "visible")) == per.get((p, "infrared")) == 10 for p in {r[1] for r in rows})))
+    wrong = [c for c in trials if c[1] != c[2]]
+    return folder, rows, checks + (wrong or [("complete trials", 10, 10)])
+
+def _verify_llcm(root, official, permutations, problems, notes):
+    root, rows = _scan_llcm(root, problems)
+    checks = [("images", 46767, len(rows)), ("identities", 1064, _numbers(rows)[1])]
+    for s, (n, visible, infrared) in LLCM_TOTALS.items():
+        checks += [(f"{s} identities", n, _numbers(rows, s)[1]), (f"{s}, visible images", visible, _numbers(rows, s, "visible")[0]), (f"{s}, infrared images", infrared, _numbers(rows, s, "infrared")[0])]
+    return root, rows, checks
+
+# %% ../nbs/00_datasets.ipynb #84131739
+def verify(
+    name: str,           # "sysu", "regdb" or "llcm"
+    root,                # its folder
+    deep: bool = False,  # decode every image, instead of its header and end
+    permutations=None,   # SYSU-MM01: official `rand_perm_cam.mat`, to name every folder that lacks an image
+    workers=None,        # threads
+) -> Report:
+    "Everything that is missing, unreadable, truncated or misplaced in a dataset, and its counts beside those known."
+    kinds = {"sysu": _verify_sysu, "regdb": _verify_regdb, "llcm": _verify_llcm}
+    if name not in kinds: raise UserError(f"no dataset is called {name!r}; there are sysu, regdb and llcm")
+    problems, notes, top = [], [], Path(root).expanduser()
+    made = next((f for f in ("benchmark.json", "standin.json") if (top / f).is_file()), None)
+    root, rows, checks = kinds[name](root, made != "benchmark.json", permutations, problems, notes)
+    images, others = walk_images(root, problems)
+    known = {r[0] for r in rows}
+    problems += [f"{root / p}: is misplaced: no identity's folder or list of the dataset holds it; move it where it belongs or away" for p in images if p not in known]
+    _check_images(root, images, deep, workers, problems, notes)
+    strays = [p for p in others if not p.endswith((".txt", ".mat", ".json"))]
+    if strays: notes.append(f"{len(strays)} files are no images and are ignored: {', '.join(strays[:5])}{' …' if len(strays) > 5 else ''}")
+    if made: notes.append(f"{made}: this is {'the embedded benchmark, whose counts are its own' if made == 'benchmark.json' else 'a stand-in with flat-coloured images, not the dataset'}")
+    if made == "benchmark.json": checks = [(w, None, f) for w, _, f in checks]
+    return Report(name, root, checks, list(dict.fromkeys(problems)), notes)
+
+
+@cli
+def verify_main(
+    dataset: str,              # sysu, regdb or llcm
+    root: str,                 # folder of the dataset
+    deep: bool = False,        # decode every image, not only its header
+    permutations: str = None,  # SYSU-MM01: official rand_perm_cam.mat, names every folder that lacks an image
+    workers: int = None,       # threads; one a core unless given
+    json: str = None,          # write the report there
+):
+    "Check a dataset on disk: counts, split files, and every image. Exit status 1 if anything is wrong."
+    report = verify(dataset, root, deep, permutations, workers)
+    print(report)
+    if json: Path(json).write_text(_json(report.to_json()), encoding="utf-8")
+    return int(not report.ok)
+
+def _json(thing): return json.dumps(thing, indent=1, ensure_ascii=False) + "\n"

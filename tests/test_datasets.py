@@ -1,0 +1,654 @@
+"Readers, bad input, cache, sampler, protocols, stand-ins and di2l_verify."
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, strategies as st
+from PIL import Image
+
+from di2l import datasets
+from di2l.datasets import (
+    DIRECTIONS, SYSU_CAMERAS, IdentitySampler, UserError, cache_images, check_image, class_labels, decode, draw_gallery, hold_out, llcm_protocol,
+    protocols, read_dataset, read_ids, read_image, read_list, read_llcm, read_permutations, read_regdb, read_sysu, regdb_protocol, sysu_counts,
+    sysu_protocol, verify, verify_main, write_standin)
+
+BASES = {"sysu": dict(every=48, size=(32, 16)), "regdb": dict(every=20, size=(32, 16)), "llcm": dict(every=80, size=(32, 16))}
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    "One small stand-in of each dataset, never written to again."
+    top = tmp_path_factory.mktemp("bases")
+    return {name: write_standin(name, top / name, **kw) for name, kw in BASES.items()}
+
+
+@pytest.fixture
+def copy(bases, tmp_path):
+    "A stand-in that a test may damage."
+    return lambda name: Path(shutil.copytree(bases[name], tmp_path / name))
+
+
+def read(name, root):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_dataset(name, root)
+
+
+# --- readers
+
+@pytest.mark.parametrize("name", BASES)
+def test_records_have_one_row_an_image_and_frames_count_sorted_files(bases, name):
+    data = read(name, bases[name])
+    r = data.records
+    assert list(r.columns) == ["path", "pid", "cam", "modality", "split", "frame"] and r.index.tolist() == list(range(len(r)))
+    assert r.path.is_unique and all((bases[name] / p).is_file() for p in r.path)
+    assert not set(data.train.pid) & set(data.test.pid) and len(data.train) + len(data.test) == len(r)
+    for _, group in r.groupby(["pid", "cam", "modality"]):
+        assert group.frame.tolist() == list(range(1, len(group) + 1)) and group.path.tolist() == sorted(group.path)
+
+
+def test_sysu_merges_train_and_val_by_name_and_knows_its_cameras(bases):
+    data = read("sysu", bases["sysu"])
+    assert set(data.train.split) == {"train", "val"} and set(data.test.split) == {"test"}
+    assert (data.records.modality == data.records.cam.map(SYSU_CAMERAS)).all()
+
+
+def test_sysu_reads_mat_split_files_and_finds_val_as_the_rest(copy):
+    from scipy.io import savemat
+    root = copy("sysu")
+    before = read("sysu", root).records
+    for s in "train", "test":
+        savemat(root / f"exp/{s}_id.mat", {"id": np.array([read_ids(root / f"exp/{s}_id.txt")], np.uint16)})
+        (root / f"exp/{s}_id.txt").unlink()
+    (root / "exp/val_id.txt").unlink()
+    pd.testing.assert_frame_equal(read("sysu", root).records, before)
+
+
+def test_names_endings_strays_and_folders_above_do_not_matter(bases, tmp_path):
+    root = tmp_path / "cam1" / "cam5 0042" / "data"
+    shutil.copytree(bases["sysu"], root)
+    before = read("sysu", bases["sysu"]).records
+    for path in before.path[:20]: (root / path).rename((root / path).with_suffix(".JPG"))
+    for stray in "Thumbs.db", ".DS_Store", "._0001.jpg": (root / "cam1" / Path(before.path[0]).parts[1] / stray).write_bytes(b"\0stray")
+    after = read("sysu", root).records
+    assert after.drop(columns="path").equals(before.drop(columns="path"))
+    assert not verify("sysu", root).problems
+
+
+def test_regdb_takes_the_identity_from_the_folder_and_trials_differ(bases):
+    one, two = read_regdb(bases["regdb"], 1), read_regdb(bases["regdb"], 2)
+    assert (one.records.pid == one.records.path.str.split("/").str[1].astype(int)).all()
+    assert set(one.train.pid) != set(two.train.pid) and one.records.path.equals(two.records.path)
+    with pytest.raises(UserError, match="trial 11; RegDB has ten splits"): read_regdb(bases["regdb"], 11)
+
+
+def test_llcm_takes_cameras_from_names_in_training_and_folders_in_test(bases):
+    r = read_llcm(bases["llcm"]).records
+    train, test = r[r.split == "train"], r[r.split == "test"]
+    assert (train.cam == train.path.str.extract(r"_c(\d+)_", expand=False).astype(int)).all()
+    assert (test.cam == test.path.str.extract(r"/cam(\d+)/", expand=False).astype(int)).all()
+
+
+def test_hold_out_drops_the_test_and_holds_out_training_identities(bases):
+    for name in BASES:
+        data = read(name, bases[name])
+        held = hold_out(data)
+        assert not set(held.records.pid) & set(data.test.pid) and set(held.records.pid) == set(data.train.pid)
+        assert len(held.test) and len(held.train) and held.records.index.tolist() == list(range(len(held.records)))
+    sysu = read("sysu", bases["sysu"])
+    assert set(hold_out(sysu).test.pid) == set(sysu.records.pid[sysu.records.split == "val"])
+
+
+def test_class_labels_are_sorted_and_complete(bases):
+    train = read("llcm", bases["llcm"]).train
+    labels = class_labels(train.sample(frac=1, random_state=0))
+    assert list(labels) == sorted(set(train.pid)) and list(labels.values()) == list(range(len(labels)))
+
+
+# --- bad input: what is done to a dataset, and what the message must say
+
+def png_header(width, height):
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def first(root, name="sysu"): return root / read(name, root).records.path.iloc[0]
+def cut(root): f = first(root); f.write_bytes(f.read_bytes()[:-60]); return f
+def empty(root): f = first(root); f.write_bytes(b""); return f
+def text(root): f = first(root); f.write_text("hello\n"); return f
+def tiny(root): f = first(root); Image.new("RGB", (1, 1)).save(f); return f
+def huge(root): f = first(root); f.write_bytes(png_header(20000, 20000)); return f
+def large(root): f = first(root); f.write_bytes(png_header(8000, 8000)); return f
+
+BAD_IMAGES = [(cut, "is damaged"), (empty, "is empty"), (text, "is no readable image"), (tiny, "1×1 pixels, too small"), (huge, "far more than a crop"), (large, "8000×8000 pixels, too large")]
+
+
+@pytest.mark.parametrize("damage, says", BAD_IMAGES, ids=[d.__name__ for d, _ in BAD_IMAGES])
+def test_bad_image_is_named_by_cache_and_verify(copy, damage, says):
+    root = copy("sysu")
+    file = damage(root)
+    for deep in False, True:
+        (problem,) = verify("sysu", root, deep=deep).problems
+        assert problem.startswith(str(file)) and says in problem and "copy it again" in problem
+    with pytest.raises(UserError, match="1 of [0-9]+ images cannot be used") as e: cache_images(read("sysu", root), (32, 16))
+    assert str(file) in str(e.value) and says in str(e.value)
+    assert not list((root / ".di2l_cache").glob("*.np[yz]")), "a failed build leaves nothing that looks finished"
+
+
+def test_all_bad_images_are_named_at_once(copy):
+    root = copy("sysu")
+    files = [root / p for p in read("sysu", root).records.path[5:8]]
+    for f in files: f.write_bytes(b"")
+    assert [p.partition(":")[0] for p in verify("sysu", root).problems] == sorted(map(str, files))
+    with pytest.raises(UserError) as e: cache_images(read("sysu", root), (32, 16))
+    assert all(str(f) in str(e.value) for f in files)
+
+
+@pytest.mark.parametrize("mode, ending, pixel, expected", [
+    ("CMYK", "jpg", (0, 255, 255, 0), (254, 0, 0)), ("L", "png", 77, (77, 77, 77)), ("I;16", "png", 77 * 256, (77, 77, 77)),
+    ("RGBA", "png", (9, 8, 7, 255), (9, 8, 7)), ("P", "png", 0, (0, 0, 0)), ("1", "png", 1, (255, 255, 255)), ("LA", "png", (50, 255), (50, 50, 50))])
+def test_every_mode_becomes_rgb(tmp_path, mode, ending, pixel, expected):
+    file = tmp_path / f"image.{ending}"
+    Image.new(mode, (10, 20), pixel).save(file)
+    for size in None, (20, 10), (40, 20):
+        image = read_image(file, size)
+        assert image.shape == (*(size or (20, 10)), 3) and image.dtype == np.uint8
+        assert np.abs(image.astype(int) - expected).max() <= 2
+
+
+def test_sixteen_bits_keep_their_contrast(tmp_path):
+    grey = np.linspace(0, 65535, 200, dtype=np.uint16).reshape(20, 10)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png")[..., 0] == grey >> 8).all()
+
+
+def write(root, name, content): (root / name).write_bytes(content if isinstance(content, bytes) else content.encode()); return root / name
+def append(name, more): return lambda root: write(root, name, (root / name).read_text() + more)
+
+def lose(name, folder, listed):
+    def damage(root): (root / folder).rename(root / "elsewhere"); return root / listed
+    damage.__name__ = f"no_{folder.replace('/', '_')}"
+    return damage
+
+
+def lose_image(root): f = root / read_list(root, "idx/test_thermal_1.txt")[3][0]; f.unlink(); return f
+def double_line(root): name = "idx/train_visible_1.txt"; (path, label), *_ = read_list(root, name); append(name, f"{path} {label}\n")(root); return root / path
+def double_file(root): f = first(root); shutil.copy(f, f.with_suffix(".png")); return f.with_suffix(".png")
+def same_in_test(root):
+    path, label = read_list(root, "idx/train_visible_1.txt")[0]
+    append("idx/test_visible_1.txt", f"{path} {label}\n")(root)
+    return root / "idx"
+def double_id(root): return append("exp/test_id.txt", f",{read_ids(root / 'exp/test_id.txt')[0]}")(root) or root / "exp/test_id.txt"
+def id_in_two(root): write(root, "exp/val_id.txt", ",".join(map(str, [*read_ids(root / "exp/val_id.txt"), read_ids(root / "exp/train_id.txt")[0]]))); return root / "exp/val_id.txt"
+
+BAD_TREES = {
+    "a label that is no number": ("sysu", lambda r: write(r, "exp/test_id.txt", "6,abc,17"), "'abc' is no identity; expected whole numbers"),
+    "a label that is no number in a list": ("regdb", lambda r: write(r, "idx/train_visible_1.txt", "Visible/1/a.bmp one"), "line 1 is .*a whole number"),
+    "an empty split file": ("sysu", lambda r: write(r, "exp/test_id.txt", "\n"), "lists no identity"),
+    "an identity listed twice": ("sysu", lambda r: (double_id(r), r / "exp/test_id.txt")[1], "listed twice.*remove the duplicate"),
+    "an identity in two splits": ("sysu", id_in_two, "is in train_id too"),
+    "an identity without an image": ("sysu", lambda r: write(r, "exp/test_id.txt", "999999"), "identity 999999 has no image"),
+    "a split file that is missing": ("sysu", lambda r: (r / "exp/test_id.txt").unlink() or r / "exp/test_id.txt", "not found"),
+    "a split file that is no text": ("sysu", lambda r: write(r, "exp/test_id.txt", b"\xff\xfe\x00\xd8"), "is no UTF-8 text"),
+    "a missing image": ("regdb", lose_image, "is missing, though idx/test_thermal_1.txt names it"),
+    "a duplicate line": ("regdb", double_line, "listed twice"),
+    "a duplicate file": ("sysu", double_file, "once more.*remove one of the two"),
+    "an identity in training and test": ("regdb", same_in_test, "is in training and in test of trial 1"),
+    "a path that climbs out": ("regdb", lambda r: write(r, "idx/train_visible_1.txt", "Visible/../../secret.bmp 0"), "leads out of the dataset's folder"),
+    "an absolute path": ("llcm", lambda r: write(r, "idx/train_vis.txt", "/etc/passwd 0"), "leads out of the dataset's folder"),
+    "a Windows path that climbs out": ("llcm", lambda r: write(r, "idx/train_vis.txt", "vis\\..\\..\\a.jpg 0"), "leads out of the dataset's folder"),
+    "a missing list": ("llcm", lambda r: (r / "idx/train_nir.txt").unlink() or r / "idx/train_nir.txt", "cannot be read"),
+    "a test identity without an image": ("llcm", lambda r: write(r, "idx/test_id.txt", "99999"), "identity 99999 has no image"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_TREES)
+def test_bad_tree_is_refused_by_the_reader_and_reported_by_verify(copy, what):
+    name, damage, says = BAD_TREES[what]
+    root = copy(name)
+    file = damage(root)
+    with pytest.raises(UserError, match=says) as e: read(name, root)
+    assert str(file) in str(e.value)
+    report = verify(name, root)
+    assert not report.ok and any(str(file) in p for p in report.problems)
+
+
+def test_windows_line_endings_and_byte_order_mark_change_nothing(copy):
+    for name in BASES:
+        root = copy(name)
+        before = read(name, root).records
+        for file in [*root.glob("exp/*.txt"), *root.glob("idx/*.txt")]: file.write_bytes(b"\xef\xbb\xbf" + file.read_text().replace("\n", "\r\n").encode() + b"\r\n\r\n")
+        pd.testing.assert_frame_equal(read(name, root).records, before)
+
+
+def test_windows_separators_in_lists(copy):
+    root = copy("regdb")
+    before = read("regdb", root).records
+    for file in root.glob("idx/*.txt"): file.write_text(file.read_text().replace("/", "\\"))
+    pd.testing.assert_frame_equal(read("regdb", root).records, before)
+
+
+def test_unreadable_folder_is_named(copy, monkeypatch):
+    root, real = copy("sysu"), os.scandir
+    locked = first(root).parent
+    def scandir(path="."):
+        if Path(path) == locked: raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="cannot be read .Permission denied.*chmod") as e: read("sysu", root)
+    assert str(locked) in str(e.value)
+    assert any(str(locked) in p for p in verify("sysu", root).problems)
+
+
+def test_wrong_folder_says_which_one_was_meant(bases, tmp_path):
+    with pytest.raises(UserError, match="is no folder"): read_sysu(tmp_path / "nothing")
+    with pytest.raises(UserError, match="cam1, .* not found.*unpacked"): read_sysu(tmp_path)
+    with pytest.raises(UserError, match=f"it seems to be {bases['sysu']}"): read_sysu(bases["sysu"].parent)
+    with pytest.raises(UserError, match="no dataset is called 'market'; there are sysu, regdb and llcm"): read_dataset("market", tmp_path)
+
+
+def test_what_no_split_names_is_said(copy):
+    with pytest.warns(UserWarning, match="1 identities have images but are in no split file"): read_sysu(copy("sysu"))
+
+
+def test_misplaced_folder_is_said_and_reported(copy):
+    root = copy("sysu")
+    shutil.move(first(root).parent, root / "cam1/backup")
+    with pytest.warns(UserWarning, match="cam1/backup is no identity's folder"): read_sysu(root)
+    assert any("cam1/backup/" in p and "misplaced" in p for p in verify("sysu", root).problems)
+
+
+def test_identity_with_one_modality_is_kept_out_of_the_sampler_and_said_once(bases):
+    train = read("sysu", bases["sysu"]).train
+    lone = train.pid.iloc[0]
+    train = train[(train.pid != lone) | (train.modality == "visible")]
+    with pytest.warns(UserWarning, match=f"1 identities have one modality only and are not sampled: {lone}") as said: s = IdentitySampler(train, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows = np.concatenate([np.concatenate(step) for step in s.epoch(0)])
+    assert len(said) == 1 and lone not in set(train.pid[rows]) and lone in class_labels(train)
+
+
+# --- cache
+
+def test_cache_holds_what_decoding_gives(bases, tmp_path):
+    for name in BASES:
+        data = read(name, bases[name])
+        cache = cache_images(data, (40, 24), tmp_path)
+        assert cache.images.shape == (len(data.records), 40, 24, 3) and cache.images.dtype == np.uint8 and isinstance(cache.images, np.memmap)
+        rows = [len(data.records) - 1, 0, 7, 7]
+        batch = cache[rows]
+        assert tuple(batch.shape) == (4, 3, 40, 24) and str(batch.dtype) == "torch.uint8"
+        for image, row in zip(batch, rows):
+            assert (image.permute(1, 2, 0).numpy() == read_image(bases[name] / data.records.path[row], (40, 24))).all()
+            assert (cache.images[row] == image.permute(1, 2, 0).numpy()).all()
+        with pytest.raises(IndexError): cache[[len(data.records)]]
+
+
+def test_held_out_data_and_other_trials_use_the_same_file(bases, tmp_path):
+    data = read("regdb", bases["regdb"])
+    whole, held = cache_images(data, (40, 24), tmp_path), cache_images(hold_out(data), (40, 24), tmp_path)
+    other = cache_images(read_regdb(bases["regdb"], 2), (40, 24), tmp_path)
+    assert whole.path == held.path == other.path and len(held) == len(hold_out(data).records)
+    row = len(held) - 1
+    expected = read_image(bases["regdb"] / hold_out(data).records.path[row], (40, 24))
+    assert (held[row][0].permute(1, 2, 0).numpy() == expected).all() and (np.array(held.images)[row] == expected).all()
+
+
+def built(monkeypatch):
+    calls = []
+    real = datasets.decode
+    monkeypatch.setattr(datasets, "decode", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    return calls
+
+
+def test_cache_is_built_once_and_again_for_a_changed_file_or_size(copy, monkeypatch):
+    root, calls = copy("regdb"), built(monkeypatch)
+    data = read("regdb", root)
+    cache_images(data, (40, 24)); n = len(calls)
+    assert n == len(data.records)
+    cache_images(data, (40, 24)); assert len(calls) == n
+    cache_images(data, (24, 12)); assert len(calls) == 2 * n
+    file, keep = root / data.records.path[3], (root / data.records.path[3]).stat()
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)          # same size in bytes
+    os.utime(file, ns=(keep.st_atime_ns, keep.st_mtime_ns))                 # and the same time
+    assert (cache_images(data, (40, 24))[3][0].permute(1, 2, 0).numpy() == read_image(file, (40, 24))).all()
+    assert len(list((root / ".di2l_cache").glob("*40x24*.npy"))) == 1, "the outdated file is removed"
+
+
+def test_touched_or_copied_files_do_not_rebuild(copy, monkeypatch):
+    root, calls = copy("regdb"), built(monkeypatch)
+    data = read("regdb", root)
+    cache_images(data, (40, 24)); n = len(calls)
+    for p in data.records.path: (root / p).touch()
+    cache_images(data, (40, 24))
+    shutil.copytree(root, root.parent / "copy")
+    cache_images(read("regdb", root.parent / "copy"), (40, 24))
+    assert len(calls) == n
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")], ids=["interrupted", "disk full"])
+def test_interrupted_build_leaves_nothing_that_looks_finished(copy, monkeypatch, error):
+    data, real, seen = read("regdb", copy("regdb")), os.pwrite, []
+    def pwrite(*args):
+        seen.append(1)
+        if len(seen) > 50: raise error
+        return real(*args)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises((KeyboardInterrupt, OSError)): cache_images(data, (40, 24))
+    folder = data.root / ".di2l_cache"
+    assert not list(folder.glob("*.npz")) and not list(folder.glob("*.npy"))
+    monkeypatch.setattr(os, "pwrite", real)
+    cache = cache_images(data, (40, 24))
+    assert (cache[5][0].permute(1, 2, 0).numpy() == read_image(data.root / data.records.path[5], (40, 24))).all()
+    assert not list(folder.glob("*.partial"))
+
+
+def test_killed_process_leaves_nothing_that_looks_finished(copy):
+    root = copy("regdb")
+    code = ("import os, sys; from di2l import datasets as d; real, n = os.pwrite, [0]\n"
+            "def pwrite(*a):\n n[0] += 1\n if n[0] > 50: os._exit(9)\n return real(*a)\n"
+            f"os.pwrite = pwrite; d.cache_images(d.read_regdb({str(root)!r}), (40, 24))")
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 9
+    assert not list((root / ".di2l_cache").glob("*.np[yz]"))
+    assert len(cache_images(read("regdb", root), (40, 24))) and not list((root / ".di2l_cache").glob("*.partial"))
+
+
+def test_damaged_cache_is_built_again(copy):
+    data = read("regdb", copy("regdb"))
+    cache_images(data, (40, 24))
+    (index,) = (data.root / ".di2l_cache").glob("*.npz")
+    for file in index, index.parent / str(np.load(index)["store"]):
+        file.write_bytes(file.read_bytes()[:1000])
+        assert cache_images(data, (40, 24))[[len(data.records) - 1]].shape == (1, 3, 40, 24)
+
+
+def test_cache_is_shared_by_processes_and_threads(copy, monkeypatch):
+    root, calls = copy("regdb"), built(monkeypatch)
+    data, got = read("regdb", root), []
+    threads = [threading.Thread(target=lambda: got.append(cache_images(data, (40, 24)).path)) for _ in range(4)]
+    for t in threads: t.start()
+    for t in threads: t.join()
+    assert len(set(got)) == 1 and len(calls) == len(data.records), "one builds, the others wait"
+    cache = cache_images(data, (40, 24))
+    again = pickle.loads(pickle.dumps(cache))
+    assert (again[[1, 2]] == cache[[1, 2]]).all()
+
+
+def test_cache_goes_to_the_users_folder_where_the_data_cannot_be_written(copy, tmp_path, monkeypatch):
+    data, real = read("regdb", copy("regdb")), os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and real(path, mode))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    with pytest.warns(UserWarning, match="home.*cannot be written"): cache = cache_images(data, (40, 24))
+    assert tmp_path / "home" in cache.path.parents and not (data.root / ".di2l_cache").exists()
+
+
+def test_too_little_space_is_said_before_anything_is_written(copy, monkeypatch):
+    data = read("regdb", copy("regdb"))
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda p: os.terminal_size((0, 0)) and type("Usage", (), dict(free=1000)))
+    with pytest.raises(UserError, match="needs .* GB and 0.0 GB are free; free some space, or give another folder"): cache_images(data, (40, 24))
+    assert not [f for f in (data.root / ".di2l_cache").iterdir() if f.suffix != ".lock"]
+
+
+# --- sampler
+
+def made_up(visible, infrared, start=0):
+    "Records of identities with so many images each."
+    rows = [(p, m) for p, pair in enumerate(zip(visible, infrared)) for m, n in zip(("visible", "infrared"), pair) for _ in range(n)]
+    return pd.DataFrame(rows, columns=["pid", "modality"], index=range(start, start + len(rows))).sample(frac=1, random_state=1)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=5, max_size=23), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 99), st.integers(0, 3))
+def test_sampler_is_fair_for_any_data(images, ids, visible, infrared, seed, epoch):
+    r = made_up(*zip(*images), start=1000)
+    s = IdentitySampler(r, ids, visible, infrared, seed=seed)
+    steps = s.epoch(epoch)
+    assert len(steps) == len(s)
+    served = np.zeros(len(images), int)
+    for v, i in steps:
+        assert (r.modality[v] == "visible").all() and (r.modality[i] == "infrared").all()
+        vp, ip = r.pid[v].to_numpy().reshape(ids, visible), r.pid[i].to_numpy().reshape(ids, infrared)
+        assert (vp == vp[:, :1]).all() and (ip == ip[:, :1]).all() and (vp[:, 0] == ip[:, 0]).all() and len(set(vp[:, 0])) == ids
+        served[vp[:, 0]] += 1
+        for block, k in ((v.reshape(ids, -1), 0), (i.reshape(ids, -1), 1)):
+            for person, rows in zip(vp[:, 0], block): assert len(set(rows)) == min(images[person][k], len(rows)), "no image twice where there are enough"
+    assert (served == s.repeats).all()
+    for k, n in enumerate((visible, infrared)):  # within an epoch an identity's images are used equally often, give or take one
+        used = np.bincount(np.concatenate([step[k] for step in steps]) - 1000, minlength=len(r))
+        for p in range(len(images)):
+            u = used[r.index[(r.pid == p) & (r.modality == ("visible", "infrared")[k])] - 1000]
+            assert u.max() - u.min() <= 1
+
+
+def test_epochs_depend_on_seed_and_number_alone():
+    r = made_up([9] * 30, [7] * 30)
+    a, b = IdentitySampler(r, seed=5), IdentitySampler(r.sample(frac=1, random_state=9).sort_index(), seed=5)
+    b.epoch(0), b.epoch(1)
+    same = lambda x, y: all((v == w).all() and (i == j).all() for (v, i), (w, j) in zip(x, y))
+    assert same(IdentitySampler(r.sort_index(), seed=5).epoch(3), b.epoch(3)) and same(a.epoch(3), a.epoch(3))
+    assert not same(a.epoch(3), a.epoch(4)) and not same(a.epoch(3), IdentitySampler(r, seed=6).epoch(3))
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_processes_share_a_batch_without_overlap(world):
+    r = made_up([9] * 30, [7] * 30)
+    whole = IdentitySampler(r).epoch(2)
+    parts = [IdentitySampler(r, rank=k, world=world).epoch(2) for k in range(world)]
+    for step, (v, i) in enumerate(whole):
+        assert np.concatenate([p[step][0] for p in parts]).tolist() == v.tolist() and np.concatenate([p[step][1] for p in parts]).tolist() == i.tolist()
+
+
+def test_epoch_length_is_what_it_says():
+    r = made_up([56] * 395, [30] * 395)
+    s = IdentitySampler(r)
+    assert len(s) == len(s.epoch(0)) == 395 * s.repeats // 8 == 790 and "790 steps an epoch: 395 identities, each served 16 times" in repr(s)
+    assert len(IdentitySampler(r, repeats=1)) == 395, "rounded up to whole batches: 8 rounds of 395 identities"
+    assert len(IdentitySampler(made_up([8] * 16, [8] * 16), repeats=3)) == 6
+
+
+def test_sampler_refuses_what_cannot_be():
+    r = made_up([4] * 6, [4] * 6)
+    with pytest.raises(UserError, match="6 identities have both modalities, and a batch needs 8"): IdentitySampler(r)
+    with pytest.raises(UserError, match="ids = 4 cannot be shared by 3 processes"): IdentitySampler(r, 4, world=3)
+    with pytest.raises(UserError, match="repeats = 0"): IdentitySampler(r, 4, repeats=0)
+    for wrong in (dict(ids=0), dict(visible=0), dict(infrared=-1)):
+        with pytest.raises(UserError, match="at least 1"): IdentitySampler(r, **{"ids": 4, **wrong})
+
+
+def test_ten_thousand_identities_and_a_million_images():
+    import time
+    r = pd.DataFrame(dict(pid=np.repeat(np.arange(10_000), 100), modality=np.tile(np.repeat(["visible", "infrared"], 50), 10_000)))
+    start = time.perf_counter()
+    steps = IdentitySampler(r).epoch(0)
+    taken = time.perf_counter() - start
+    assert len(steps) == 15_000 and taken < 20, f"{taken:.1f} s"
+
+
+# --- protocols
+
+def test_sysu_galleries_have_their_shots_of_each_identity_and_camera(bases):
+    r = read("sysu", bases["sysu"]).records
+    for mode, cams in (("all", {1, 2, 4, 5}), ("indoor", {1, 2})):
+        for shots in 1, 10:
+            p = sysu_protocol(r, mode, shots)
+            assert (r.split[p.query] == "test").all() and set(r.cam[p.query]) == {3, 6} and len(p.query) == ((r.split == "test") & r.cam.isin([3, 6])).sum()
+            pool = r[(r.split == "test") & r.cam.isin(cams)]
+            for g in p.galleries:
+                have, could = r.loc[g].groupby(["pid", "cam"]).size(), pool.groupby(["pid", "cam"]).size()
+                assert (have == could.clip(upper=shots)).all() and len(set(g)) == len(g)
+            assert len(p.galleries) == 10 and p.skip == "sysu"
+            assert p.about == dict(dataset="sysu", direction="infrared→visible", mode=mode, shots=shots, gallery="drawn, seed 0")
+    assert not all((a == b).all() for a, b in zip(sysu_protocol(r).galleries, sysu_protocol(r, seed=1).galleries))
+    assert all((a == b).all() for a, b in zip(sysu_protocol(r, seed=1).galleries, sysu_protocol(r, seed=1).galleries))
+
+
+def test_sysu_protocol_on_a_table_without_splits(bases):
+    r = read("sysu", bases["sysu"]).test[["pid", "cam", "frame"]].reset_index(drop=True)
+    p = sysu_protocol(r, "indoor", 1, direction="visible -> infrared")
+    assert set(r.cam[p.query]) == {1, 2} and set(r.cam[p.galleries[0]]) == {3, 6} and p.about["direction"] == "visible→infrared"
+
+
+def test_protocols_of_every_dataset_say_what_they_are(bases):
+    for name, n in (("sysu", 4), ("regdb", 2), ("llcm", 2)):
+        data = read(name, bases[name])
+        for p in protocols(data):
+            assert {"dataset", "direction", "mode", "shots", "gallery"} <= set(p.about) and p.about["dataset"] == name
+            kinds = p.about["direction"].split("→")
+            assert set(data.records.modality[p.query]) == {kinds[0]}
+            for g in p.galleries: assert set(data.records.modality[g]) == {kinds[1]} and set(data.records.split[g]) == {"test"}
+        assert len(protocols(data)) == n
+        assert [p.about["mode"] for p in protocols(hold_out(data))] == ["all", "all"], "the val identities of SYSU-MM01 were never seen by cameras 1 and 2"
+    assert [p.about["direction"] for p in protocols(read("regdb", bases["regdb"]))] == list(DIRECTIONS)
+    assert protocols(read_regdb(bases["regdb"], 7))[0].about["trial"] == 7
+
+
+def test_regdb_and_llcm_galleries(bases):
+    regdb, llcm = read("regdb", bases["regdb"]), read("llcm", bases["llcm"])
+    p = regdb_protocol(regdb.records, "thermal→visible")
+    assert len(p.galleries) == 1 and p.skip is None and len(p.query) == len(p.galleries[0]) == len(regdb.test) // 2
+    p = llcm_protocol(llcm.records, "visible→infrared")
+    pool = llcm.test[llcm.test.modality == "infrared"]
+    assert len(p.galleries) == 10 and p.skip == "llcm"
+    for g in p.galleries: assert (llcm.records.loc[g].groupby(["pid", "cam"]).size() == 1).all() and len(g) == pool.groupby(["pid", "cam"]).ngroups
+
+
+def test_protocol_mistakes(bases):
+    r = read("sysu", bases["sysu"]).records
+    with pytest.raises(UserError, match="mode 'outdoor'; SYSU-MM01 has all and indoor"): sysu_protocol(r, "outdoor")
+    with pytest.raises(UserError, match="direction 'up'; expected visible→infrared or infrared→visible"): regdb_protocol(r, "up")
+    with pytest.raises(UserError, match="shots = 0"): sysu_protocol(r, shots=0)
+    with pytest.raises(UserError, match="not found; get rand_perm_cam.mat"): sysu_protocol(r, permutations=bases["sysu"] / "none.mat")
+    with pytest.raises(UserError, match="not the official"): sysu_protocol(r, permutations=bases["sysu"] / "exp/test_id.txt")
+
+
+def test_draws_are_uniform():
+    pool = pd.DataFrame(dict(pid=np.repeat([1, 2], 5), cam=1), index=range(10))
+    counts = np.bincount(np.concatenate([draw_gallery(pool, 1, 0, t) for t in range(4000)]), minlength=10)
+    assert counts.sum() == 8000 and np.abs(counts - 800).max() < 120
+
+
+# --- the official permutations and the true scale
+
+def test_official_galleries_follow_the_permutations(sysu_protocol_files):
+    file = sysu_protocol_files / "rand_perm_cam.mat"
+    counts, splits = sysu_counts(file)
+    assert (len(splits["train"]), len(splits["val"]), len(splits["test"])) == (296, 99, 96)
+    rows = [(p, c, i) for (c, p), n in sorted(counts.items()) if p in splits["test"] for i in range(1, n + 1)]
+    r = pd.DataFrame(rows, columns=["pid", "cam", "frame"])
+    table = read_permutations(file)
+    for mode, shots, size in (("all", 1, 301), ("indoor", 1, 112), ("all", 10, 3010), ("indoor", 10, 1120)):
+        p = sysu_protocol(r, mode, shots, permutations=file)
+        assert len(p.query) == 3803 and [len(g) for g in p.galleries] == [size] * 10 and p.about["gallery"] == "official permutations"
+        for t, g in enumerate(p.galleries):
+            for (cam, pid), group in r.loc[g].groupby(["cam", "pid"]): assert set(group.frame) == set(table[cam - 1][pid - 1][t, :shots])
+    with pytest.raises(UserError, match="the official permutations are of"): sysu_protocol(r[r.index != r.index[r.cam == 1][0]], permutations=file)
+
+
+def test_totals_without_the_permutations_agree_with_them(sysu_protocol_files):
+    official, even = sysu_counts(sysu_protocol_files / "rand_perm_cam.mat"), sysu_counts()
+    for counts, splits in official, even: assert {k: len(v) for k, v in splits.items()} == dict(train=296, val=99, test=96)
+    for split in "train", "val", "test":
+        for cam in SYSU_CAMERAS:
+            a, b = ([n for (c, p), n in counts.items() if c == cam and p in set(splits[split])] for counts, splits in (official, even))
+            assert (sum(a), len(a)) == (sum(b), len(b)), (split, cam)
+    assert sum(official[0].values()) == sum(even[0].values()) == 45863 and len(official[0]) == len(even[0])
+
+
+@pytest.fixture(scope="session")
+def true_scale(tmp_path_factory):
+    "SYSU-MM01's counts to the image."
+    beside = Path(__file__).resolve().parents[2] / "shared" / "sysu_mm01"
+    file = Path(os.environ.get("DI2L_SYSU_PROTOCOL", beside)) / "rand_perm_cam.mat"
+    return write_standin("sysu", tmp_path_factory.mktemp("true") / "sysu", file if file.exists() else None, size=(16, 8))
+
+
+def test_true_scale_is_read_verified_and_laid_out(true_scale, capsys):
+    import time
+    assert verify_main("sysu", str(true_scale)) == 0
+    assert "30,071" in capsys.readouterr().out
+    start = time.perf_counter()
+    data = read("sysu", true_scale)
+    assert time.perf_counter() - start < 5
+    assert len(data.train) == 22258 + 11909 and len(data.test) == 6775 + 3803 and len(class_labels(data.train)) == 395
+    for p, size in zip(protocols(data), (301, 3010, 112, 1120)): assert len(p.query) == 3803 and {len(g) for g in p.galleries} == {size}
+    assert len(IdentitySampler(data.train)) == 790
+
+
+def test_verify_names_one_lost_image_among_45863(true_scale, sysu_protocol_files):
+    if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
+    lost = sorted((true_scale / "cam5").glob("*/*.jpg"))[777]
+    kept = lost.read_bytes()
+    lost.unlink()
+    try:
+        report = verify("sysu", true_scale)
+        assert not report.ok and ("camera 5 (visible)", 8224, 8223) in report.checks and [p for p in report.problems if str(lost.parent) in p] == report.problems
+        (problem,) = verify("sysu", true_scale, permutations=sysu_protocol_files / "rand_perm_cam.mat").problems
+        assert str(lost.parent) in problem
+    finally: lost.write_bytes(kept)
+
+
+def test_full_regdb_standin_is_complete(tmp_path):
+    root = write_standin("regdb", tmp_path / "regdb", size=(16, 8))
+    report = verify("regdb", root)
+    assert report.ok and ("identities with 10 + 10 images", 412, 412) in report.checks
+    data = read_regdb(root, 10)
+    assert (len(data.train), len(data.test), data.train.pid.nunique()) == (4120, 4120, 206)
+
+
+def test_llcm_standin_plans_the_published_counts():
+    files, texts = datasets._llcm_plan(1)
+    assert len(files) == 46767 and len({f[1] for f in files}) == 1064
+    assert [len(texts[f"idx/train_{k}.txt"].split("\n")) for k in ("vis", "nir")] == [16946, 13975] and len(texts["idx/test_id.txt"].split(",")) == 351
+
+
+def test_standin_refuses_a_folder_in_use(bases):
+    with pytest.raises(UserError, match="is not empty"): write_standin("sysu", bases["sysu"])
+    with pytest.raises(UserError, match="no dataset is called 'cuhk'"): write_standin("cuhk", bases["sysu"].parent / "new")
+
+
+# --- command line
+
+def command(*args): return subprocess.run([sys.executable, "-c", "from di2l.datasets import verify_main; import sys; sys.exit(verify_main())", *map(str, args)], capture_output=True, text=True)
+
+
+def test_verify_on_the_command_line(copy, tmp_path):
+    root = copy("sysu")
+    file = cut(root)
+    done = command("sysu", root, "--deep", "--json", tmp_path / "report.json")
+    assert done.returncode == 1 and str(file) in done.stdout and "Traceback" not in done.stderr and "WRONG" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["ok"] is False and report["problems"][0]["file"] == str(file) and "damaged" in report["problems"][0]["problem"]
+    (root / "benchmark.json").write_text("{}")
+    file.write_bytes((root / "cam4" / file.relative_to(root / "cam1")).read_bytes()) if (root / "cam4" / file.relative_to(root / "cam1")).exists() else shutil.copy(next(root.glob("cam4/*/*.jpg")), file)
+    done = command("sysu", root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "complete and readable" in done.stdout and "whose counts are its own" in done.stdout
+
+
+def test_mistakes_on_the_command_line_are_one_line(tmp_path):
+    for args in (["sysu", tmp_path / "none"], ["market", tmp_path], ["sysu", tmp_path]):
+        done = command(*args)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert command("--help").returncode == 0 and command().returncode != 0
+
+
+def test_progress_is_silent_where_nobody_looks(capsys):
+    assert list(datasets.progress(range(3), desc="x")) == [0, 1, 2]
+    with datasets.progress(total=2) as bar: bar.update(2); bar.set_postfix_str("y")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_import_is_light():
+    code = "import sys, di2l.datasets; print([m for m in ('torch', 'pandas', 'scipy', 'matplotlib') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
