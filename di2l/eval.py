@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLACES', 'SKIPS', 'Metrics', 'mean', 'spread', 'skip_sysu', 'skip_same', 'skip_rule', 'evaluate', 'default_device',
            'check_features', 'distances', 'evaluate_features', 'expand_queries', 'k_reciprocal', 'search',
-           'faiss_index', 'recall', 'Result', 'evaluate_protocol', 'extract_features', 'pictures', 'retrieve',
+           'faiss_index', 'recall', 'Result', 'evaluate_protocol', 'pool', 'extract_features', 'pictures', 'retrieve',
            'retrieval_page', 'attention_maps', 'draw_attention', 'pair_distances', 'draw_distances', 'project',
            'draw_projection', 'hardest_queries', 'read_features', 'evaluate_files', 'evaluate_run', 'report', 'main',
            'search_main']
@@ -234,10 +234,16 @@ def _values(
     inp = number / np.take_along_axis(hits, M[:, None] - 1, 1)[:, 0]
     return dict(ap=ap, inp=inp, hit=np.where(counts, hits[:, 0], 0), rank=np.where(counts, rank, 0), counts=counts)
 
-# %% ../nbs/09_eval.ipynb #bd6062ad
+# %% ../nbs/09_eval.ipynb #4259c2e0
+def _array(x):
+    "A tensor or whatever as an array; bfloat16, which NumPy lacks, as float32."
+    if not isinstance(x, torch.Tensor): return np.asarray(x)
+    x = x.detach().cpu()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
 def _length(values, n, what):
     "An array `(n,)`, or an error."
-    values = np.asarray(values)
+    values = _array(values)
     if values.shape != (n,): raise UserError(f"{what} has shape {values.shape}, expected ({n},): one value for each image")
     return values
 
@@ -249,6 +255,10 @@ def _who(Q, G, q_pids, g_pids, q_cams, g_cams):
     if not np.isin(q_pids, g_pids).any():
         raise UserError(f"no query identity is in the gallery (queries: {q_pids[0]}, …; gallery: {g_pids[0]}, …); are both from the same dataset and split?")
     return q_pids, g_pids, q_cams, g_cams
+
+def _cameras_for(skip, q_cams, g_cams):
+    "A rule with a name goes by cameras."
+    if skip_rule(skip) in (skip_sysu, skip_same) and (q_cams is None or g_cams is None): raise UserError(f"the skip rule {skip!r} goes by cameras; give q_cams and g_cams, or skip=None")
 
 def _gather(
     parts,     # per-query values of every block
@@ -270,7 +280,7 @@ def _blocks(
     step = max(1, int(block or budget // max(row_bytes, 1)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
 
-# %% ../nbs/09_eval.ipynb #057641df
+# %% ../nbs/09_eval.ipynb #9bee6d34
 def evaluate(
     dist,          # distances `(Q,G)`, smaller is more alike; an array or a tensor
     q_pids,        # identities of the queries `(Q,)`
@@ -283,10 +293,11 @@ def evaluate(
     block=None,    # queries at a time; changes memory, never the result
 ):                 # `Metrics`
     "CMC, mAP and mINP of a distance matrix; ties stand in gallery order."
-    dist = dist.detach().cpu().numpy() if isinstance(dist, torch.Tensor) else np.asarray(dist)
+    dist = _array(dist)
     if dist.ndim != 2 or 0 in dist.shape: raise UserError(f"dist has shape {dist.shape}, expected (queries, gallery images), both at least 1")
     if dist.dtype not in (np.float32, np.float64): dist = dist.astype(np.float64)
     once = skip in ("sysu", "llcm") if once is None else once
+    _cameras_for(skip, q_cams, g_cams)
     rank = _Ranker(*_who(*dist.shape, q_pids, g_pids, q_cams, g_cams), skip, once)
     def part(b):
         if not np.isfinite(dist[b]).all():
@@ -295,7 +306,7 @@ def evaluate(
         return rank(dist[b], b)
     return _gather([part(b) for b in _blocks(len(dist), dist[0].nbytes, block)], max_rank)
 
-# %% ../nbs/09_eval.ipynb #e8c043b9
+# %% ../nbs/09_eval.ipynb #6f8ff057
 def default_device():
     "CUDA where there is one, otherwise the processor."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -305,7 +316,7 @@ def check_features(
     what="features",  # how messages call them
 ):                    # array `(N,D)`, finite
     "The features as an array, or an error that names what is wrong and where."
-    features = features.detach().cpu().numpy() if isinstance(features, torch.Tensor) else np.asarray(features)
+    features = _array(features)
     if features.ndim != 2 or 0 in features.shape: raise UserError(f"{what} have shape {features.shape}, expected (images, dimensions), both at least 1")
     if features.dtype.kind not in "fiu": raise UserError(f"{what} are of type {features.dtype}, expected numbers")
     bad = np.flatnonzero(~np.isfinite(features).all(1))
@@ -375,7 +386,7 @@ def distances(
     _check_metric(metric, query=query, gallery=gallery)
     return _Exact(query, device or "cpu").distance(_Exact(gallery, device or "cpu"), metric)
 
-# %% ../nbs/09_eval.ipynb #40e397d4
+# %% ../nbs/09_eval.ipynb #8ae661a8
 def _rows_of_distances(
     query,       # checked features `(Q,D)`
     gallery,     # checked features `(G,D)`
@@ -408,6 +419,7 @@ def evaluate_features(
     query, gallery = check_features(query, "query features"), check_features(gallery, "gallery features")
     _check_metric(metric, query=query, gallery=gallery)
     once = skip in ("sysu", "llcm") if once is None else once
+    _cameras_for(skip, q_cams, g_cams)
     rank = _Ranker(*_who(len(query), len(gallery), q_pids, g_pids, q_cams, g_cams), skip, once)
     return _gather([rank(d, b) for b, d in _rows_of_distances(query, gallery, metric, device or "cpu", block)], max_rank)
 
@@ -532,7 +544,7 @@ class _Best:
     def keep(self, which):
         self.row, self.column, self.score, self.fresh = self.row[which], self.column[which], self.score[which], 0
 
-# %% ../nbs/09_eval.ipynb #6c7cd25e
+# %% ../nbs/09_eval.ipynb #b0659323
 def _prepare(
     x,       # rows of features
     shift,   # `(1,D)` float64, taken off
@@ -555,14 +567,14 @@ def _settle(
 ):            # distances `(B,k)`, and which candidates they belong to `(B,k)`
     "Order the candidates by their exact distances, ties by gallery row."
     exact, q = np.empty(len(best.row)), _Exact(query)
-    for i in range(0, len(exact), 1024):                                                 # a few MB at a time stay in the cache
-        row, g = best.row[i:i + 1024], _Exact(gallery[best.column[i:i + 1024]])
-        exact[i:i + 1024] = q.pick(row).distance_to(g, metric)[:, 0]
+    step = max(1, 2**15 // query.shape[1])                                               # what stays in the cache, and on one thread
+    for part in (slice(i, i + step) for i in range(0, len(exact), step)):
+        exact[part] = q.pick(best.row[part]).distance_to(_Exact(gallery[best.column[part]]), metric)[:, 0]
     order = np.lexsort((best.column, exact, best.row))
     first = np.searchsorted(best.row[order], np.arange(best.n))[:, None] + np.arange(best.k)
     return exact[order[first]], order[first]
 
-# %% ../nbs/09_eval.ipynb #bf70902d
+# %% ../nbs/09_eval.ipynb #44e8b37d
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -573,7 +585,7 @@ def search(
 ):                       # distances float64 and gallery rows `(Q,k)`, nearest first, ties by row
     "Exact k nearest neighbours, a tile at a time; fewer than k where the gallery is smaller."
     query, device = check_features(query, "query features"), torch.device(device or "cpu")
-    gallery = gallery.detach().cpu().numpy() if isinstance(gallery, torch.Tensor) else np.asanyarray(gallery)
+    gallery = _array(gallery)
     if k < 1: raise UserError(f"search needs k of at least 1, found {k}")
     if gallery.ndim != 2 or 0 in gallery.shape: raise UserError(f"gallery features have shape {gallery.shape}, expected (images, dimensions), both at least 1")
     _check_metric(metric, query=query, gallery=gallery[:1])
@@ -684,7 +696,7 @@ class Result:
 
     def _repr_html_(self): return f"<p>{self.title()}</p>{_html_table([{**self.row(), 'queries': self.metrics.num_queries}])}"
 
-# %% ../nbs/09_eval.ipynb #e5eb9591
+# %% ../nbs/09_eval.ipynb #1bc2a5c8
 def evaluate_protocol(
     features,            # `(N,D)`, one row for each row of `records`
     records,             # table with pid and cam
@@ -698,7 +710,7 @@ def evaluate_protocol(
     **about,             # further words for the result: feature, flip, …
 ):                       # `Result`
     "All trials of a protocol, from one pass over the union of their galleries."
-    features = np.asarray(features)
+    features = _array(features)
     if len(features) != len(records): raise UserError(f"{len(features)} rows of features for {len(records)} records; there must be one for each")
     query, galleries = np.asarray(protocol.query), [np.asarray(g) for g in protocol.galleries]
     pid, cam = records["pid"].to_numpy(), records["cam"].to_numpy()
@@ -711,6 +723,15 @@ def evaluate_protocol(
     about = {**protocol.about, "metric": metric, "expansion": f"{expand} images" if expand else None,
              "re-ranking": _rerank_words(reranking), **about}
     return Result(mean(trials), trials, about)
+
+def pool(
+    results,  # list of `Result`, such as those of RegDB's ten splits, each of its own model
+):            # list of `Result`, one for each protocol
+    "Put results of one protocol together; their trials count alike."
+    groups = {}
+    for r in results: groups.setdefault(json.dumps({k: v for k, v in r.about.items() if k != "trial"}, sort_keys=True), []).append(r)
+    together = lambda rs: [t for r in rs for t in r.trials]
+    return [Result(mean(together(rs)), together(rs), rs[0].about | (dict(trial=", ".join(str(r.about["trial"]) for r in rs)) if "trial" in rs[0].about else {})) for rs in groups.values()]
 
 def _plain_trials(features, query, galleries, who, skip, metric, max_rank, once, device, block):
     "`Metrics` of every trial, no after-steps."
@@ -1099,7 +1120,7 @@ def evaluate_run(
     named = dict(feature=getattr(net, "retrieve", None), flip=flip)
     return [evaluate_protocol(features, data.records, p, metric, expand=expand, reranking=reranking, **named) for p in plans]
 
-# %% ../nbs/09_eval.ipynb #8b6ae2b5
+# %% ../nbs/09_eval.ipynb #61225c68
 def report(
     results,   # list of `Result`
     out=None,  # JSON file: one result as it is; several with the first on top and all under "results"
@@ -1116,7 +1137,7 @@ def report(
 
 @cli
 def main(
-    run: str = None,            # folder of a finished training run
+    run: str = None,            # folder of a finished training run; several, separated by commas (RegDB's ten splits), are averaged
     features: str = None,       # .npz of any program: features (N,D), pid (N), cam (N), frame (N)
     gallery: str = None,        # second .npz: --features are the queries, these the gallery
     protocol: str = "sysu",     # of --features: sysu, regdb or llcm
@@ -1139,7 +1160,7 @@ def main(
     if (run is None) == (features is None): raise UserError("give either --run RUN (a training run) or --features FILE.npz (features of any program)")
     if permutations and not Path(permutations).is_file(): raise UserError(f"{permutations}: no such file; SYSU-MM01's rand_perm_cam.mat is in its authors' repository, wuancong/SYSU-MM01")
     direction = direction and direction_of(direction)
-    if run: results = evaluate_run(run, root, mode, shots, direction, permutations, metric, flip, expand, rerank, seed, device)
+    if run: results = pool([r for one in run.split(",") for r in evaluate_run(one, root, mode, shots, direction, permutations, metric, flip, expand, rerank, seed, device)])
     elif gallery: results = [evaluate_files(features, gallery, skip, metric, device)]
     else:
         table, records = read_features(features)

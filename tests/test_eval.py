@@ -519,6 +519,25 @@ def test_run_and_features_agree(run, tiny, table, capsys, tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["trials"] == direct.to_dict()["trials"]
 
 
+def test_runs_of_several_splits_are_averaged(tiny):
+    data, features = tiny
+    results = []
+    for trial in (1, 2, 3):
+        p = regdb_protocol(data.records, direction="visible→infrared")
+        results.append(ev.evaluate_protocol(features + trial * np.random.default_rng(trial).normal(size=features.shape), data.records, p, trial=trial))
+    one, = ev.pool(results)
+    assert len(one.trials) == 3 and one.about["trial"] == "1, 2, 3" and one.metrics.mAP == np.mean([r.metrics.mAP for r in results])
+    assert len(ev.pool([results[0], ev.evaluate_protocol(features, data.records, regdb_protocol(data.records, direction="infrared→visible"), trial=1)])) == 2
+
+
+def test_bfloat16_and_missing_cameras():
+    d = torch.rand(3, 5)
+    a, b = ev.evaluate(d.bfloat16(), [1, 2, 3], [1, 2, 3, 1, 2]), ev.evaluate(d.bfloat16().float(), [1, 2, 3], [1, 2, 3, 1, 2])
+    assert a.to_json() == b.to_json()
+    assert np.array_equal(ev.distances(d.half(), d.bfloat16()), ev.distances(d.half().float(), d.bfloat16().float()))
+    with pytest.raises(UserError, match="give q_cams"): ev.evaluate(d, [1, 2, 3], [1, 2, 3, 1, 2], skip="sysu")
+
+
 def test_checkpoint_of_another_architecture(run, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(run, other)
