@@ -115,7 +115,7 @@ def _nearest(name, names):
     near = difflib.get_close_matches(str(name), names := [str(n) for n in names], 1)
     return f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(names)
 
-# %% ../nbs/08_train.ipynb #f60e09f8
+# %% ../nbs/08_train.ipynb #5db2cdd9
 def config(
     preset="paper-sysu",  # one of `PRESETS`
     **changes,            # fields of `Config` and settings of the method, by name
@@ -128,6 +128,9 @@ def config(
     method = model.METHODS[name]
     engine, own = _types(Config), _types(method)
     values.update(values.pop("settings", {}))
+    if "epochs" in changes and "steps" not in changes: values["steps"] = 0
+    for n, (other, wanted) in dict(momentum=("optimiser", "sgd"), milestones=("schedule", "steps")).items():
+        if n in changes and (found := values.get(other, getattr(Config, other))) != wanted: raise UserError(f"{n} does nothing with {other} = {found!r}; it belongs to {wanted!r}")
     for n in [n for n in values if n not in engine and n not in own]:
         if n in changes: raise UserError(f"no option {n!r} for method {name!r}; {_nearest(n, [*engine, *own])}")
         del values[n]                                          # the preset's, for methods that have it
@@ -148,6 +151,7 @@ def check(
     for name in ("steps", "warmup", "clip", "save_every", "seed", "momentum", "weight_decay"): need(getattr(c, name) >= 0, name, "expected 0 or more")
     for name in ("lr", "head_lr"): need(0 < getattr(c, name) < math.inf, name, "expected a number above 0")
     need(c.ids >= 2, "ids", "expected 2 or more, a triplet needs another identity")
+    need(c.trial == 1 or c.dataset == "regdb", "trial", f"only regdb has trials, not {c.dataset}")
     need(c.epochs >= 1 or c.steps, "epochs", "expected 1 or more, or a number of `steps`")
     need(len(c.size) == 2 and min(c.size) >= 16, "size", "expected height and width, 16 pixels or more each, such as 288x144")
     return c
@@ -258,12 +262,13 @@ class Batches:
         pids = torch.cat([self.labels[visible].repeat(self.method.copies), self.labels[infrared]])
         return {k: v.contiguous(memory_format=torch.channels_last) for k, v in views.items()}, pids
 
-# %% ../nbs/08_train.ipynb #9bdf292e
+# %% ../nbs/08_train.ipynb #cbaf0b68
 def choose_precision(
     c,       # `Config`
     device,  # `torch.device`
 ):           # fp32, bf16 or fp16
     "What `auto` means on this processor."
+    if c.precision == "fp16" and device.type == "cpu": raise UserError("precision = 'fp16' needs a GPU; take bf16 or fp32")
     if c.precision != "auto": return c.precision
     if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
@@ -417,7 +422,7 @@ def differences(
     old, new = (flat(json.loads(json.dumps(d))) for d in (before, dataclasses.asdict(now)))
     return [f"{k} was {old.get(k)!r} and is {new.get(k)!r}" for k in {**old, **new} if k not in MAY_DIFFER and old.get(k) != new.get(k)]
 
-# %% ../nbs/08_train.ipynb #6c62c8db
+# %% ../nbs/08_train.ipynb #13c31a86
 class Log:
     "`log.csv`, one line a step, and TensorBoard's files if asked for."
     def __init__(self,
@@ -429,7 +434,8 @@ class Log:
         self.path, self.writer = Path(out) / "log.csv", None
         with open(self.path, "ab") as f: f.truncate(length)
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            try: from torch.utils.tensorboard import SummaryWriter
+            except ImportError: raise UserError("log = 'tensorboard', but it is not installed; pip install tensorboard, or take log=csv") from None
             self.writer = SummaryWriter(str(Path(out) / "tensorboard"), purge_step=step)
 
     def write(self,
@@ -511,7 +517,7 @@ class Signals:
         self.caught = signal.Signals(number).name
         self.__exit__()
 
-# %% ../nbs/08_train.ipynb #0d85bc15
+# %% ../nbs/08_train.ipynb #a1b122f7
 class Run:
     "A training run: network, optimiser, batches, and how far it is."
     def __init__(self,
@@ -519,7 +525,8 @@ class Run:
         out,  # run folder
     ):
         self.c, self.out, self.step, self.pending, self.seconds = c, Path(out), 0, [], 0.0
-        self.flushed = torch.set_flush_denormal(True)                     # on CPUs numbers below 1e-38 cost a hundred times the others
+        torch.set_flush_denormal(True)                                    # on CPUs numbers below 1e-38 cost a hundred times the others
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True      # the same algorithms in every run
         self.accelerator = a = make_accelerator(c)
         self.device, self.rank, self.world = a.device, a.process_index, a.num_processes
         self.precision = choose_precision(c, self.device)
@@ -631,26 +638,29 @@ class Run:
         return True
 
     def fit(self):
-        "All the steps that are left."
-        main, began, first = self.rank == 0, time.perf_counter() - self.seconds, self.step
-        images, clock = self.c.accumulate * (len(self.batches.rows(0)[0][0]) * self.method.copies + len(self.batches.rows(0)[1][0])), time.perf_counter()
+        "All the steps that are left; the last step's scalars."
+        first, clock, before = self.step, time.perf_counter(), self.seconds
+        curves = Curves(self.out)
         with ExitStack() as stack:
             signals = stack.enter_context(Signals())
-            bar = stack.enter_context(datasets.progress(total=self.total - first, desc=self.c.method, unit="step")) if main else None
-            curves = Curves(self.out)
+            bar = stack.enter_context(datasets.progress(total=self.total - first, desc=self.c.method, unit="step")) if self.rank == 0 else None
             while self.step < self.total:
                 self.one_step()
                 due = self.step == self.total or self.step % (self.c.save_every or self.per_epoch) == 0
                 if not due and self.step % self.every: continue
-                rows, self.seconds = self.read(), time.perf_counter() - began
-                if main:
-                    self.log.write(rows); bar.update(len(rows)); curves.update()
-                    bar.set_postfix_str(f"{' '.join(f'{n} {rows[-1][n]:.3f}' for n in self.names)} {images * (self.step - first) / (time.perf_counter() - clock):.0f} images/s")
+                rows, self.seconds = self.read(), before + time.perf_counter() - clock
+                if bar is not None: self._show(rows, bar, curves, (self.step - first) / (time.perf_counter() - clock))
                 stop = self._any(signals.caught)
                 if due or stop: self.save()
                 if stop: raise Interrupted(f"{stop}: stopped after step {self.step} of {self.total}, saved in {self.out}; --resume goes on from there")
-            if main: curves.update(final=True)
+        if self.rank == 0: curves.update(final=True)
         return rows[-1]
+
+    def _show(self, rows, bar, curves, speed):
+        "Log, bar and curves."
+        self.log.write(rows); bar.update(len(rows)); curves.update()
+        images = self.c.accumulate * self.c.ids * (self.c.visible * self.method.copies + self.c.infrared)
+        bar.set_postfix_str(f"{' '.join(f'{n} {rows[-1][n]:.3f}' for n in self.names)} {images * speed:.0f} images/s")
 
     def _any(self, caught):
         "The signal that any process caught, or None."
@@ -684,7 +694,7 @@ def describe(
                 dataset=dict(name=c.dataset, root=str(c.root), trial=c.trial, fingerprint=run.fingerprint), versions=versions(),
                 device=device, precision=run.precision, processes=run.world, steps=run.total)
 
-# %% ../nbs/08_train.ipynb #3fe78032
+# %% ../nbs/08_train.ipynb #6a9a9479
 def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
@@ -711,6 +721,7 @@ def train(
         run.log = Log(out, run.kept if resumed else 0, run.step, config.log == "tensorboard")
         write_whole(out / "config.json", json.dumps(about, indent=1).encode())
     try: return finish(run, run.fit() if run.step < run.total else {}, say)
+    except torch.OutOfMemoryError: raise UserError("the GPU's memory is too small for this batch; take checkpointing=True, precision=bf16, or fewer ids") from None
     except OSError as e:
         kept = [p.name for p in checkpoints(out / "checkpoints")]
         raise UserError(f"step {run.step}: {out} cannot be written ({e}); {f'{kept[-1]} is intact' if kept else 'there was no checkpoint yet'}. "

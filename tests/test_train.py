@@ -433,13 +433,14 @@ def test_heads_learn_at_their_own_rate(small):
     (dict(gama=1), "did you mean 'gamma'"), (dict(learning_rate=1), "no option"), (dict(lr="fast"), "lr = 'fast' is not a number"), (dict(lr=True), "not a number"),
     (dict(ids=2.5), "whole number"), (dict(ids=1), "2 or more"), (dict(lr=0), "above 0"), (dict(lr=float("nan")), "above 0"), (dict(size=(96,)), "height and width"),
     (dict(schedule="cosin"), "did you mean 'cosine'"), (dict(method="cja"), "did you mean 'caj'"), (dict(epochs=0, steps=0), "1 or more"),
+    (dict(momentum=0.5), "momentum does nothing with optimiser = 'adamw'"), (dict(milestones=(3,)), "milestones does nothing"), (dict(trial=2), "only regdb has trials"),
     (dict(compile="perhaps"), "true or false"), (dict(weight_decay=-1), "0 or more"), (dict(gamma="two"), "gamma = 'two' is not a number")])
 def test_a_wrong_option_is_an_error_that_helps(change, said):
     with pytest.raises(UserError, match=said): T.config("quick", **change)
 
 
 def test_text_is_read_as_the_fields_type():
-    c = T.config("quick", lr="1e-2", size="144x72", milestones="5,9", compile="true", gamma="0", wrt_scale="none", hold_out=True)
+    c = T.config("quick", lr="1e-2", size="144x72", schedule="steps", milestones="5,9", compile="true", gamma="0", wrt_scale="none", hold_out=True)
     assert (c.lr, c.size, c.milestones, c.compile, c.settings["gamma"], c.settings["wrt_scale"]) == (0.01, (144, 72), (5, 9), True, 0.0, None)
 
 
@@ -453,6 +454,21 @@ def test_command_line(small, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop: T.main(["--out", str(tmp_path / "run"), *words, *wrong])
         said = capsys.readouterr().err
         assert stop.value.code == 1 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_epochs_take_the_place_of_steps():
+    assert (T.config("quick").steps, T.config("quick", epochs=3).steps, T.config("quick", epochs=3, steps=9).steps) == (600, 0, 9)
+
+
+def test_a_stopped_command_says_so_in_its_status(monkeypatch, capsys):
+    def stopped(*_): raise T.Interrupted("SIGTERM: stopped after step 3")
+    monkeypatch.setattr(T, "train", stopped)
+    with pytest.raises(SystemExit) as stop: T.main(["--out", "unused"])
+    assert stop.value.code == 143 and capsys.readouterr().err == "SIGTERM: stopped after step 3\n"
+
+
+def test_fp16_needs_a_gpu(small):
+    with pytest.raises(UserError, match="fp16"): T.Run(small(precision="fp16"), "unused")
 
 
 def test_help_names_every_option(capsys):
