@@ -755,7 +755,7 @@ def draw_gallery(
     place = np.arange(len(order)) - starts[np.cumsum(new) - 1]
     return np.sort(candidates.index.to_numpy()[order[place < shots]])
 
-# %% ../nbs/00_datasets.ipynb #6553d997
+# %% ../nbs/00_datasets.ipynb #14ace749
 def read_permutations(
     path,  # `rand_perm_cam.mat` of SYSU-MM01's authors
 ):  # [camera − 1][identity − 1] → (10, n) permutations of 1…n
@@ -763,7 +763,7 @@ def read_permutations(
     from scipy.io import loadmat
     try: table = loadmat(path)["rand_perm_cam"]
     except OSError: raise UserError(f"{path}: not found; get rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split), or leave it out to draw galleries by seed") from None
-    except (KeyError, ValueError, TypeError, NotImplementedError): raise UserError(f"{path}: is not the official rand_perm_cam.mat; get it from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
+    except Exception: raise UserError(f"{path}: is not the official rand_perm_cam.mat; get it from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
     return [[cell[0] for cell in cam[0]] for cam in table]
 
 

@@ -1,0 +1,128 @@
+"The data layer against the usual way, both sides interleaved in one run; medians of ratios to results/benchmarks/datasets.json."
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from di2l import datasets, rca
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def seconds(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ratio(slow, fast, rounds):
+    "Median of slow/fast over interleaved rounds; one round before is not counted."
+    pairs = [(seconds(slow), seconds(fast)) for _ in range(rounds + 1)][1:]
+    return statistics.median(a / b for a, b in pairs)
+
+
+def camera_images(folder, n, seed=0):
+    "RegDB's layout with images about as large and as hard to decode as a camera's crops: 230×100, smooth with noise."
+    rng = np.random.default_rng(seed)
+    for kind, split in product(("visible", "thermal"), ("train", "test")):
+        lines = []
+        for k in range(n // 4):
+            path = f"{kind.title()}/{2 * k + (split == 'test')}/a.jpg"
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (12, 6, 3), dtype=np.uint8)).resize((100, 230), Image.Resampling.BICUBIC))
+            Image.fromarray((smooth + rng.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)).save(folder / path, quality=90)
+            lines.append(f"{path} {k}")
+        (folder / "idx").mkdir(exist_ok=True)
+        (folder / f"idx/{split}_{kind}_1.txt").write_text("\n".join(lines))
+    return datasets.read_regdb(folder)
+
+
+def cache_build(top, n, rounds):
+    "Building a cache over decoding and resizing alone, by the same threads."
+    data = camera_images(top / "crops", n)
+    files = [str(data.root / p) for p in data.records.path]
+    def alone(): datasets.in_parallel(lambda i: datasets.decode(Path(files[i]).read_bytes(), (288, 144)), len(files), "")
+    def build(): shutil.rmtree(top / "cache", ignore_errors=True); datasets.cache_images(data, (288, 144), top / "cache")
+    return ratio(build, alone, rounds)
+
+
+def batch(rounds, erase=0.5):
+    "The usual per-image pipeline over ours: 32 visible + 32 channel-augmented + 32 infrared images of 288×144, normalised and augmented."
+    from torchvision import transforms as v1
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 288, 144, 3), dtype=np.uint8)
+    classic = v1.Compose([v1.ToPILImage(), v1.Pad(10), v1.RandomCrop((288, 144)), v1.RandomHorizontalFlip(), v1.ToTensor(), v1.Normalize(MEAN, STD), v1.RandomErasing(erase)])
+    generator = torch.Generator().manual_seed(0)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "images.npy"
+        np.save(path, pixels)
+        cache = datasets.ImageCache(path, np.arange(64))
+        visible, infrared = np.arange(32), np.arange(32, 64)
+        def usual(): return torch.stack([classic(pixels[i]) for i in (*visible, *visible, *infrared)])
+        def ours():
+            v, i = cache[visible], cache[infrared]
+            images = torch.cat([v, rca.channel_augment(v, generator=generator), i])
+            return rca.normalise(rca.augment(images, generator))
+        assert usual().shape == ours().shape == (96, 3, 288, 144)
+        return ratio(usual, ours, rounds)
+
+
+def records(top, permutations):
+    "Seconds to read the records of SYSU-MM01's full tree, and to verify it."
+    root = datasets.write_standin("sysu", top / "sysu", permutations, size=(16, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return len(datasets.read_sysu(root).records), min(seconds(lambda: datasets.read_sysu(root)) for _ in range(3)), seconds(lambda: datasets.verify("sysu", root))
+
+
+MEMORY = """
+import resource, sys, numpy as np
+from di2l import datasets
+cache = datasets.ImageCache(sys.argv[1], np.arange(int(sys.argv[2])))
+cache[np.arange(64)]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for start in range(0, len(cache) - 96, 96): cache[np.arange(start, start + 96)]
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+"""
+
+
+def memory(top, n):
+    "Gigabytes that reading every image of a cache adds to a process, and the size of the cache in gigabytes."
+    path = top / "large.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, (n, 288, 144, 3))
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(path), str(n)], capture_output=True, text=True, check=True)
+    return float(done.stdout), path.stat().st_size / 1e9
+
+
+def main():
+    ask = argparse.ArgumentParser(description=__doc__)
+    ask.add_argument("--rounds", type=int, default=5)
+    ask.add_argument("--images", type=int, default=2000, help="images of the cache that is built")
+    ask.add_argument("--permutations", help="official rand_perm_cam.mat, for SYSU-MM01's real counts")
+    ask.add_argument("--out", default=str(Path(__file__).resolve().parents[1] / "results/benchmarks/datasets.json"))
+    a = ask.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder)
+        found = dict(batch_usual_over_ours=round(batch(a.rounds), 1), cache_build_over_decoding=round(cache_build(top, a.images, a.rounds), 2))
+        n, read, verified = records(top, a.permutations)
+        added, size = memory(top, 20000)
+    found |= dict(sysu_records=n, sysu_records_seconds=round(read, 2), sysu_verify_seconds=round(verified, 1), reading_adds_gigabytes=round(added, 2), of_a_cache_of_gigabytes=round(size, 2))
+    found |= dict(cores=os.cpu_count(), torch=torch.__version__, numpy=np.__version__)
+    for name, value in found.items(): print(f"{name:28} {value}")
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(a.out).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
