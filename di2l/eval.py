@@ -306,10 +306,18 @@ def evaluate(
         return rank(dist[b], b)
     return _gather([part(b) for b in _blocks(len(dist), dist[0].nbytes, block)], max_rank)
 
-# %% ../nbs/09_eval.ipynb #6f8ff057
+# %% ../nbs/09_eval.ipynb #61708fca
 def default_device():
     "CUDA where there is one, otherwise the processor."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def _device(device, otherwise="cpu"):
+    "A torch device that is there."
+    try:
+        device = torch.device(device or otherwise)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e: raise UserError(f"device {device!s}: not to be had here ({str(e).splitlines()[0]}); take cpu, or leave it out") from None
+    return device
 
 def check_features(
     features,         # `(N,D)`, array or tensor
@@ -360,7 +368,7 @@ def _distance(inner, a, b, metric):
     inner, a, b = (x.cpu().numpy() for x in (inner, a, b))
     return 1 - inner / np.sqrt(a * b) if metric == "cosine" else np.sqrt(np.maximum(a + b - 2 * inner, 0))
 
-# %% ../nbs/09_eval.ipynb #c50f0e74
+# %% ../nbs/09_eval.ipynb #0ce5bd3e
 def _check_metric(
     metric,    # "euclidean" or "cosine"
     **tables,  # feature tables by name, already checked
@@ -384,9 +392,10 @@ def distances(
     "All distances. They depend on the two features alone: not on block, processor or library."
     query, gallery = check_features(query, "query features"), check_features(gallery, "gallery features")
     _check_metric(metric, query=query, gallery=gallery)
-    return _Exact(query, device or "cpu").distance(_Exact(gallery, device or "cpu"), metric)
+    device = _device(device)
+    return _Exact(query, device).distance(_Exact(gallery, device), metric)
 
-# %% ../nbs/09_eval.ipynb #8ae661a8
+# %% ../nbs/09_eval.ipynb #4ae32164
 def _rows_of_distances(
     query,       # checked features `(Q,D)`
     gallery,     # checked features `(G,D)`
@@ -421,7 +430,7 @@ def evaluate_features(
     once = skip in ("sysu", "llcm") if once is None else once
     _cameras_for(skip, q_cams, g_cams)
     rank = _Ranker(*_who(len(query), len(gallery), q_pids, g_pids, q_cams, g_cams), skip, once)
-    return _gather([rank(d, b) for b, d in _rows_of_distances(query, gallery, metric, device or "cpu", block)], max_rank)
+    return _gather([rank(d, b) for b, d in _rows_of_distances(query, gallery, metric, _device(device), block)], max_rank)
 
 # %% ../nbs/09_eval.ipynb #6a10ed4d
 def expand_queries(
@@ -442,7 +451,7 @@ def expand_queries(
     joined = np.asarray(query, float) + (weight[..., None] * np.asarray(gallery, float)[nearest]).sum(1)
     return joined / (1 + weight.sum(1, keepdims=True))
 
-# %% ../nbs/09_eval.ipynb #1ca808a3
+# %% ../nbs/09_eval.ipynb #086aceea
 def _reciprocal(
     near,  # each image's nearest images, nearest first, itself among them `(N,≥k+1)`
     k,     # neighbours besides the image itself
@@ -489,7 +498,9 @@ def k_reciprocal(
 ):                       # float64 distances `(Q,G)`, for `evaluate`
     "k-reciprocal re-ranking."
     from scipy import sparse
-    Q, x = len(query), np.concatenate([np.asarray(query), np.asarray(gallery)])
+    if k1 < 1 or k2 < 1: raise UserError(f"k-reciprocal re-ranking needs k1 and k2 of at least 1, found {k1} and {k2}")
+    Q, x = len(query), np.concatenate([_array(query), _array(gallery)])
+    k2 = min(k2, len(x))
     d = distances(x, x, metric, device) ** 2
     d /= np.maximum(d.max(1, keepdims=True), np.finfo(float).tiny)
     near = np.argsort(d, axis=1, kind="stable")[:, :max(k1, k2) + 1]
@@ -574,7 +585,7 @@ def _settle(
     first = np.searchsorted(best.row[order], np.arange(best.n))[:, None] + np.arange(best.k)
     return exact[order[first]], order[first]
 
-# %% ../nbs/09_eval.ipynb #44e8b37d
+# %% ../nbs/09_eval.ipynb #08feeaf2
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -584,7 +595,7 @@ def search(
     block=None,          # gallery rows at a time; changes memory, never the result
 ):                       # distances float64 and gallery rows `(Q,k)`, nearest first, ties by row
     "Exact k nearest neighbours, a tile at a time; fewer than k where the gallery is smaller."
-    query, device = check_features(query, "query features"), torch.device(device or "cpu")
+    query, device = check_features(query, "query features"), _device(device)
     gallery = _array(gallery)
     if k < 1: raise UserError(f"search needs k of at least 1, found {k}")
     if gallery.ndim != 2 or 0 in gallery.shape: raise UserError(f"gallery features have shape {gallery.shape}, expected (images, dimensions), both at least 1")
@@ -696,7 +707,7 @@ class Result:
 
     def _repr_html_(self): return f"<p>{self.title()}</p>{_html_table([{**self.row(), 'queries': self.metrics.num_queries}])}"
 
-# %% ../nbs/09_eval.ipynb #1bc2a5c8
+# %% ../nbs/09_eval.ipynb #a4b8107f
 def evaluate_protocol(
     features,            # `(N,D)`, one row for each row of `records`
     records,             # table with pid and cam
@@ -713,6 +724,7 @@ def evaluate_protocol(
     features = _array(features)
     if len(features) != len(records): raise UserError(f"{len(features)} rows of features for {len(records)} records; there must be one for each")
     query, galleries = np.asarray(protocol.query), [np.asarray(g) for g in protocol.galleries]
+    if not len(query) or not galleries or not all(map(len, galleries)): raise UserError(f"{len(query)} queries and galleries of {[len(g) for g in galleries]} images; each must have at least one")
     pid, cam = records["pid"].to_numpy(), records["cam"].to_numpy()
     once = protocol.skip in ("sysu", "llcm") or protocol.about.get("dataset") in ("sysu", "llcm")
     who = [(pid[query], pid[g], cam[query], cam[g]) for g in galleries]
@@ -741,7 +753,7 @@ def _plain_trials(features, query, galleries, who, skip, metric, max_rank, once,
     columns = [np.searchsorted(union, gallery) for gallery in galleries]
     rankers = [_Ranker(*_who(len(q), len(c), *w), skip, once) for c, w in zip(columns, who)]
     parts = [[] for _ in galleries]
-    for b, d in _rows_of_distances(q, g, metric, device or "cpu", block):
+    for b, d in _rows_of_distances(q, g, metric, _device(device), block):
         for c, rank, part in zip(columns, rankers, parts):
             part.extend(rank(d[s.start:s.stop].take(c, axis=1), slice(b.start + s.start, b.start + s.stop)) for s in _blocks(len(d), 8 * len(c)))
     return [_gather(part, max_rank) for part in parts]
@@ -761,7 +773,7 @@ def _rerank_words(reranking):
     s = {**dict(k1=20, k2=6, weight=.3), **(reranking if isinstance(reranking, dict) else {})}
     return f"k-reciprocal (k1 {s['k1']}, k2 {s['k2']}, λ {s['weight']})"
 
-# %% ../nbs/09_eval.ipynb #902744e4
+# %% ../nbs/09_eval.ipynb #5dc5d0ce
 def _batch_features(
     net,       # network in evaluation mode
     pixels,    # uint8 `(B,3,H,W)`
@@ -784,7 +796,7 @@ def extract_features(
     flip=False,    # mean of the features of the image and its mirror image
 ):                 # float32 `(len(rows), D)`
     "Retrieval features: visible images through the visible stem, infrared ones through the infrared stem."
-    device, rows = torch.device(device or default_device()), np.asarray(rows)
+    device, rows = _device(device, default_device()), np.asarray(rows)
     net, modality, out = net.to(device).eval(), records["modality"].to_numpy()[rows], None
     with progress(desc="features", total=len(rows), unit="image") as bar:
         for m in ("visible", "infrared"):
@@ -1028,7 +1040,7 @@ def hardest_queries(
     return pd.DataFrame(dict(query=q, pid=pid[q], cam=cam[q], ap=per["ap"][worst], first_match=per["hit"][worst], rival=rival,
                              rival_pid=pid[rival], rival_cam=cam[rival], rival_distance=d[np.arange(len(q)), first]))
 
-# %% ../nbs/09_eval.ipynb #9e1edf08
+# %% ../nbs/09_eval.ipynb #d658bf4d
 def read_features(
     path,  # `.npz` of any program
 ):         # features `(N,D)`, and a table of pid, cam and what else of frame and modality it holds
@@ -1065,6 +1077,8 @@ def _feature_protocols(
     if "modality" not in records:
         if protocol == "llcm" or not records["cam"].isin([1, 2]).all(): raise UserError(f"the features come without modality, and cam does not tell it; add modality (N): 'visible' or 'infrared'")
         records = records.assign(modality=np.where(records["cam"] == 2, "infrared", "visible"))
+    strange = records["modality"][~records["modality"].isin(["visible", "infrared"])]
+    if len(strange): raise UserError(f"modality {strange.iloc[0]!r} in row {strange.index[0]}: expected 'visible' or 'infrared'")
     return [makers[protocol](records, direction=d) for d in ([direction] if direction else ["infrared→visible", "visible→infrared"])]
 
 def evaluate_files(
@@ -1120,7 +1134,7 @@ def evaluate_run(
     named = dict(feature=getattr(net, "retrieve", None), flip=flip)
     return [evaluate_protocol(features, data.records, p, metric, expand=expand, reranking=reranking, **named) for p in plans]
 
-# %% ../nbs/09_eval.ipynb #61225c68
+# %% ../nbs/09_eval.ipynb #97dae7d6
 def report(
     results,   # list of `Result`
     out=None,  # JSON file: one result as it is; several with the first on top and all under "results"
@@ -1164,7 +1178,7 @@ def main(
     elif gallery: results = [evaluate_files(features, gallery, skip, metric, device)]
     else:
         table, records = read_features(features)
-        plans = _feature_protocols(records, protocol, direction, mode=mode or "all", shots=shots or 1, permutations=permutations, seed=seed, trials=trials)
+        plans = _feature_protocols(records, protocol, direction, mode="all" if mode is None else mode, shots=1 if shots is None else shots, permutations=permutations, seed=seed, trials=trials)
         results = [evaluate_protocol(table, records, p, metric, device=device, expand=expand, reranking=rerank) for p in plans]
     print(report(results, json))
 

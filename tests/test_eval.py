@@ -289,7 +289,7 @@ def naive_rerank(q, g, k1, k2, weight):
 def test_k_reciprocal(seed, Q, G, k1, k2, weight):
     rng = np.random.default_rng(seed)
     q, g = rng.normal(size=(Q, 3)), rng.normal(size=(G, 3))
-    k1, k2 = min(k1, Q + G - 1), min(k2, Q + G)
+    k1 = min(k1, Q + G - 1)
     np.testing.assert_allclose(ev.k_reciprocal(q, g, k1, k2, weight), naive_rerank(q, g, k1, k2, weight), atol=1e-9)
 
 
@@ -433,6 +433,10 @@ BAD = {
     "metric": (lambda g: dict(metric="manhattan"), "there is no metric 'manhattan'"),
     "protocol": (lambda g: dict(protocol="market"), "there is no protocol 'market'"),
     "mode": (lambda g: dict(mode="outdoor"), "outdoor"),
+    "shots": (lambda g: dict(shots=0), "shots"),
+    "trials": (lambda g: dict(trials=0), "each must have at least one"),
+    "device": (lambda g: dict(device="abacus"), "device abacus: not to be had here"),
+    "modality": (lambda g: dict(protocol="llcm", modality=np.array(["thermal"] * len(g["pid"]))), "modality 'thermal' in row 0"),
     "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: no such file"),
 }
 
@@ -441,7 +445,7 @@ BAD = {
 def test_bad_features_are_refused(table, capsys, name):
     make, message = BAD[name]
     changes = make(table.good)
-    options = {k: changes.pop(k) for k in ("metric", "protocol", "mode", "permutations") if k in changes}
+    options = {k: changes.pop(k) for k in ("metric", "protocol", "mode", "permutations", "shots", "trials", "device") if k in changes}
     with pytest.raises(UserError, match=message): ev.main(features=table(**changes), **options)
     assert capsys.readouterr().out == ""
 
