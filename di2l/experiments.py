@@ -9,7 +9,7 @@ __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'B
            'curve', 'score', 'record_path', 'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'run',
            'chosen_queries', 'ranked_rows', 'both_directions', 'part_attention', 'write_gallery', 'read_gallery',
            'results_frame', 'interval', 'paired', 'style', 'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc',
-           'plan', 'status', 'make', 'reproduce', 'beside', 'reproduce_main', 'main']
+           'plan', 'status', 'make', 'reproduce', 'beside', 'readme_blocks', 'fill_readme', 'reproduce_main', 'main']
 
 # %% ../nbs/10_experiments.ipynb #b48fa4fe
 import hashlib, json, os, shutil, sys
@@ -97,9 +97,8 @@ define("bench-shuffled", settings=BASE, control="shuffled")
 define("bench-silhouette", knobs=dict(silhouette=True), settings=BASE)
 define("bench-frozen-stem", settings=dict(method="frozen-stem"))
 
-# %% ../nbs/10_experiments.ipynb #9995189b
+# %% ../nbs/10_experiments.ipynb #bbe15719
 define("tiny", benchmark="tiny", settings=dict(steps=12, device="cpu", precision="fp32"))
-define("reproduce", settings=dict(device="cpu"))
 
 SEEDS5, SEEDS3 = ([(d, s) for d in (0, 1) for s in range(n)] for n in (5, 3))
 PLAN = {                                       # which (data seed, training seed) pairs of which experiments `make results` makes
@@ -107,7 +106,7 @@ PLAN = {                                       # which (data seed, training seed
     **{name: SEEDS3 for name in GAMMA.values() if name not in TABLE2},
     **{name: SEEDS3 for name in EXPERIMENTS if name.startswith(("regdb-", "choose-"))},
     **{name: [(0, s) for s in range(3)] for name in EXPERIMENTS if name.startswith(("rho-", "bench-"))},
-    "bench-hard": SEEDS3, "tiny": [(0, 0)], "reproduce": [(0, 0)],
+    "bench-hard": SEEDS3, "tiny": [(0, 0)],
 }
 
 # %% ../nbs/10_experiments.ipynb #4803f7fc
@@ -197,7 +196,7 @@ def training_confidence(
         out[modality] = dict(confidence=found[torch.arange(len(truth)), truth].mean().item(), accuracy=(found.argmax(1) == truth).float().mean().item())
     return out
 
-# %% ../nbs/10_experiments.ipynb #4ad6fde0
+# %% ../nbs/10_experiments.ipynb #79de37aa
 def tidy(x, digits=6):
     "Numbers rounded for a record, at any depth."
     if isinstance(x, dict): return {k: tidy(v, digits) for k, v in x.items()}
@@ -228,7 +227,8 @@ def score(
     features = np.zeros((len(dataset.records), found.shape[1]), np.float32); features[test] = found
     results = [evaluation.evaluate_protocol(features, dataset.records, p) for p in datasets.protocols(dataset)]
     modal = {m: within(features, dataset.records, m) for m in ("visible", "infrared")}
-    out = dict(metrics={label(r.about): r.to_dict() for r in results}, within={m: v.row() for m, v in modal.items() if v},
+    ids = int(dataset.test.pid.nunique())
+    out = dict(metrics={label(r.about): dict(r.to_dict(), identities=ids) for r in results}, within={m: v.row() for m, v in modal.items() if v},
                confidence=training_confidence(net, dataset, images, device), curve=curve(folder))
     return tidy(out), (net, dataset, images, features)
 
@@ -306,8 +306,8 @@ def run(
     if not keep: shutil.rmtree(folder)
     return record
 
-# %% ../nbs/10_experiments.ipynb #b88b1880
-GALLERIES = ("di2l", "regdb-di2l", "reproduce")          # experiments whose first run leaves a gallery
+# %% ../nbs/10_experiments.ipynb #9406308b
+GALLERIES = ("di2l", "regdb-di2l")          # experiments whose first run leaves a gallery
 
 def chosen_queries(
     ap,      # average precision of each query `(Q,)`; NaN where a query does not count
@@ -541,22 +541,22 @@ def _map(jobs, workers):
     else:
         with torch.multiprocessing.get_context("spawn").Pool(workers) as pool: yield from pool.imap_unordered(_worker, jobs)
 
-# %% ../nbs/10_experiments.ipynb #237f6652
+# %% ../nbs/10_experiments.ipynb #e85508f6
 def reproduce(
     data="data", runs="runs", results="results",  # folders
     figures="figures/reproduce",                  # where its figures go
 ):                                                # the outcome, as in a record
     "The whole paper, end to end, on the embedded benchmark."
-    folder = trained("reproduce", 0, 0, data, runs, quiet=False)
+    folder = trained("di2l", 0, 0, data, runs, quiet=False)
     scored = folder / "score.json"
     if not scored.exists():
         outcome, parts = score(folder)
-        write_gallery("reproduce", dict(identity=identity(experiment("reproduce"), 0, 0)), *parts, results=folder)
+        write_gallery("di2l", dict(identity=identity(experiment("di2l"), 0, 0)), *parts, results=folder)
         write_whole(scored, json.dumps(outcome))
     outcome = json.loads(scored.read_text())
-    print(beside(outcome, recorded("reproduce", results=results)))
+    print(beside(outcome, recorded("di2l", results=results)))
     plots = dict(curves=draw_curves(outcome), cmc=draw_cmc(outcome))
-    for d in ("infrared→visible", "visible→infrared"): plots["retrieval_" + d.replace("→", "_to_")] = draw_grid(read_gallery("reproduce", folder), d)
+    for d in ("infrared→visible", "visible→infrared"): plots["retrieval_" + d.replace("→", "_to_")] = draw_grid(read_gallery("di2l", folder), d)
     for name, fig in plots.items(): save_figure(fig, name, folder=figures)
     print(f"figures: {', '.join(f'{figures}/{n}.png' for n in plots)}\nrun: {folder}")
     return outcome
@@ -569,6 +569,35 @@ def beside(outcome, record):
             for who, m in (("this run", now), ("on record", record and record["metrics"][p])) if m]
     return pd.DataFrame(rows).to_string(index=False)
 
+# %% ../nbs/10_experiments.ipynb #52e96952
+def readme_blocks(results="results"):
+    "What stands in the README between `<!-- name -->` and `<!-- /name -->`, from records: {name: markdown}."
+    r, blocks = recorded("di2l", results=results), {}
+    if r:
+        lines = ["| protocol, ten trials | rank-1 | rank-10 | rank-20 | mAP | mINP |", "|---|---|---|---|---|---|"]
+        lines += [f"| {p} | " + " | ".join(f"{100 * m[k]:.1f}" for k in ("rank1", "rank10", "rank20", "mAP", "mINP")) + " |" for p, m in r["metrics"].items()]
+        chance = 100 / r["metrics"][ALL_SEARCH]["identities"]
+        blocks["reproduce"] = "\n".join([f"What `make reproduce` printed in the recorded run (percent; {r['device']}, {r['precision']}, {r['seconds']:.0f} s of training; a random guess finds the right one first in about {chance:.1f} %):", "", *lines])
+    frame = results_frame(TABLE2, results)
+    full = frame[frame.name.isin(["baseline", "dpa", "di2l"])]
+    if len(full) and full.groupby("name").size().reindex(["baseline", "dpa", "di2l"]).min() > 1:
+        cell = lambda v: f"{v.mean():.1f} ± {v.std():.1f}"
+        lines = ["| embedded benchmark, all-search single-shot | runs | rank-1 | mAP |", "|---|---|---|---|"]
+        lines += [f"| {t} | {len(g)} | {cell(g['rank-1'])} | {cell(g['mAP'])} |" for n, t in (("baseline", "baseline (CAJ)"), ("dpa", "+ DPA"), ("di2l", "+ DPA + I2L")) for g in [full[full.name == n]]]
+        blocks["table2"] = "\n".join(lines)
+    return blocks
+
+def fill_readme(
+    text,               # of README.md
+    results="results",  # folder of the records
+):                      # the text with its blocks written anew
+    "Write the README's measured blocks from the records; a block without a record says so."
+    import re
+    blocks = readme_blocks(results)
+    def block(m): return f"<!-- {m[1]} -->\n{blocks.get(m[1], 'Not on record yet: `make results` makes it.')}\n<!-- /{m[1]} -->"
+    return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", block, text, flags=re.S)
+
+# %% ../nbs/10_experiments.ipynb #953a971c
 @cli
 def reproduce_main(
     data: str = "data",     # folder of the benchmarks
@@ -581,7 +610,7 @@ def reproduce_main(
 
 @cli
 def main(
-    what: str,                 # make: make missing records; status: what is recorded
+    what: str,                 # make: missing records; status: what is recorded; readme: write the README's numbers
     only: str = "*",           # pattern of names, several separated by commas
     workers: int = 1,          # runs side by side
     data: str = "data",        # folder of the benchmarks
@@ -590,7 +619,8 @@ def main(
     json: str = None,          # write the status there
 ):
     "Make or list the records behind every table and figure."
-    if what not in ("make", "status"): raise UserError(f"{what!r}: expected make or status")
+    if what not in ("make", "status", "readme"): raise UserError(f"{what!r}: expected make, status or readme")
+    if what == "readme": return write_whole("README.md", fill_readme(Path("README.md").read_text(encoding="utf-8"), results))
     failed = make(only, workers, data, runs, results) if what == "make" else []
     table = status(results)
     if json: table.to_json(json, orient="records")
