@@ -55,7 +55,7 @@ class Config:
     log: str = "csv"                 # csv, or tensorboard (beside the csv)
     settings: dict = field(default_factory=dict)  # the method's own settings, by name
 
-# %% ../nbs/08_train.ipynb #f2fccb1c
+# %% ../nbs/08_train.ipynb #3aa10606
 PRESETS = {
     "paper-sysu": dict(),
     "paper-regdb": dict(dataset="regdb"),
@@ -67,6 +67,7 @@ PRESETS = {
         schedule="cosine", warmup=2.0, steps=600,            # a short run wants its rate at 0 when it ends
         wrt_scale=4.0,                                       # WRT on raw features stalls from scratch (06_wrt); unit features × 4 do not
         erase=0.2,                                           # at 0.5 a short run underfits
+        pad=4,                                               # 10 pixels are a fifth of an image 48 wide
         save_every=300,                                      # an epoch lasts seconds here
     ),
 }
