@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['VERSION', 'PRESETS', 'SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNER', 'LOWER', 'SHOES', 'BAG', 'SLOTS', 'PLAIN',
            'BANDS', 'PINSTRIPES', 'CHECKS', 'DOTS', 'BLOCK', 'DIAGONAL', 'LOGO', 'SIDES', 'LUMINANCE', 'KNOTS',
-           'SYSU_CAMERAS', 'REGDB_CAMERAS', 'SUPER', 'NUMBERS', 'Settings', 'stream', 'draw_colour', 'near_infrared',
-           'Person', 'draw_size', 'draw_wear', 'draw_pattern', 'draw_person', 'profile', 'Part', 'pose_legs',
-           'leg_parts', 'arm_parts', 'head_parts', 'torso_parts', 'bag_parts', 'body', 'View', 'project', 'Buffers',
-           'ellipse', 'rasterise', 'arc', 'wave', 'pattern_mix', 'Surface', 'around', 'wear_details', 'surface',
-           'soft_colour', 'Panorama', 'place', 'Camera', 'optics', 'Scene', 'stage', 'shadow', 'obstacle', 'crop_place',
-           'shrink', 'soften', 'develop', 'materials', 'finish', 'see_visible', 'see_infrared', 'coarse', 'see_thermal',
-           'render', 'settings_for', 'check', 'splits', 'cameras_of', 'image_path', 'encode', 'write_identity',
-           'write_lists', 'regdb_lists', 'fingerprint', 'digest', 'already_there', 'write_images', 'room',
-           'write_benchmark', 'whole', 'option', 'main']
+           'SYSU_CAMERAS', 'REGDB_CAMERAS', 'SUPER', 'NUMBERS', 'Settings', 'sheet', 'stream', 'draw_colour', 'tone',
+           'contrasting', 'near_infrared', 'Person', 'draw_size', 'draw_wear', 'draw_pattern', 'draw_person', 'profile',
+           'Part', 'pose_legs', 'leg_parts', 'arm_parts', 'head_parts', 'torso_parts', 'bag_parts', 'body', 'View',
+           'project', 'Buffers', 'ellipse', 'along', 'rasterise', 'arc', 'wave', 'pattern_mix', 'Surface', 'around',
+           'wear_details', 'surface', 'soft_colour', 'Panorama', 'place', 'Camera', 'optics', 'Scene', 'assemble',
+           'stage', 'shadow', 'obstacle', 'crop_place', 'shrink', 'soften', 'develop', 'materials', 'finish',
+           'see_visible', 'see_infrared', 'coarse', 'see_thermal', 'render', 'settings_for', 'check', 'splits',
+           'cameras_of', 'image_path', 'encode', 'write_identity', 'write_lists', 'regdb_lists', 'fingerprint',
+           'digest', 'already_there', 'write_images', 'room', 'write_benchmark', 'whole', 'option', 'main']
 
-# %% ../nbs/01_synthetic.ipynb #39eaeee9
+# %% ../nbs/01_synthetic.ipynb #f2c5a2b5
 import argparse, difflib, hashlib, io, json, math, multiprocessing, os, shutil, sys, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 from fastcore.docments import docments
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .datasets import UserError, progress
 
-# %% ../nbs/01_synthetic.ipynb #50c098e0
-VERSION = "2"  # of the generator: any change of the pixels raises it
+# %% ../nbs/01_synthetic.ipynb #852dade9
+VERSION = "3"  # of the generator: any change of the pixels raises it
 
 @dataclass(frozen=True)
 class Settings:
@@ -49,7 +49,7 @@ class Settings:
     ir_resolution: float = 1.0    # resolution of the infrared sensor over that of the visible ones, 0.1 … 1
     heading: float = 63.0         # people face the camera within ± this many degrees; 180 = any way
     nuisance: float = 1.0         # strength of light, colour cast, crop, blur and clutter, 0 = none
-    occlusion: float = 0.15       # share of images with something or somebody in front
+    occlusion: float = 0.10       # share of images with something or somebody in front
     silhouette: bool = False      # a control: every body painted one flat grey, nothing but its outline left
     quality: int = 90             # of the JPEG files, 1 … 95
 
@@ -62,7 +62,26 @@ PRESETS = {
                       images=10, test_infrared=10, heading=30.0, missing=0.0),
 }
 
-# %% ../nbs/01_synthetic.ipynb #3cc9db3f
+# %% ../nbs/01_synthetic.ipynb #e0565235
+def sheet(
+    rows,         # lists of images, uint8 (h, w, 3), all of one size; None leaves a gap
+    labels=None,  # text at the left of each row
+    heads=None,   # text above each column
+    scale=1,      # enlargement
+) -> Image.Image:
+    "Images in rows and columns, with labels."
+    h, w = (n * scale + 2 for n in next(i for r in rows for i in r if i is not None).shape[:2])
+    left, top = (8 + 6 * max(map(len, labels)) if labels else 0), (14 if heads else 0)
+    out = Image.new("RGB", (left + w * max(map(len, rows)), top + h * len(rows)), "white")
+    pen = ImageDraw.Draw(out)
+    for y, row in enumerate(rows):
+        if labels: pen.text((2, top + y * h + h // 2 - 6), labels[y], "black")
+        for x, image in enumerate(row):
+            if image is not None: out.paste(Image.fromarray(image).resize((w - 2, h - 2), Image.Resampling.NEAREST), (left + x * w, top + y * h))
+    for x, text in enumerate(heads or []): pen.text((left + x * w + 1, 1), text, "black")
+    return out
+
+# %% ../nbs/01_synthetic.ipynb #411d6b22
 SKIN, HAIR, HAT, UPPER, SLEEVE, INNER, LOWER, SHOES, BAG = range(9)  # slots for materials
 SLOTS = 9
 PLAIN, BANDS, PINSTRIPES, CHECKS, DOTS, BLOCK, DIAGONAL, LOGO, SIDES = range(9)  # patterns
@@ -87,17 +106,37 @@ def draw_colour(
 
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709
 
+def tone(
+    rgb: np.ndarray,  # linear RGB reflectance (3,)
+) -> float:  # 0 … 1, roughly as dark or bright as it looks
+    "Square root of luminance."
+    return math.sqrt(float((rgb * LUMINANCE).sum()))
+
+
+def contrasting(
+    draw,          # draws something
+    measure,       # of what is drawn, a number
+    least: float,  # difference wanted
+) -> list:  # two draws
+    "Two draws that differ enough to be seen as a pattern, or the last of twelve tries."
+    first = draw()
+    for _ in range(12):
+        second = draw()
+        if abs(measure(second) - measure(first)) >= least: break
+    return [first, second]
+
+
 def near_infrared(
     rgb: np.ndarray,            # linear RGB reflectance (3,)
     rho: float,                 # correlation wanted with visible luminance
     rng: np.random.Generator,   # source of the part that luminance does not explain
 ) -> float:  # reflectance in near infrared
     "Near-infrared reflectance of a dyed cloth: ρ of it from luminance, the rest its own."
-    seen = (math.sqrt(float((rgb * LUMINANCE).sum())) - 0.50) / 0.22
+    seen = (tone(rgb) - 0.50) / 0.22
     score = rho * seen + math.sqrt(1 - rho * rho) * rng.standard_normal()
     return min(max(0.60 + 0.20 * score, 0.15), 0.97) ** 2
 
-
+# %% ../nbs/01_synthetic.ipynb #49f16c55
 @dataclass
 class Person:
     "One identity: the body, what it wears, and what each material reflects or emits."
@@ -108,7 +147,7 @@ class Person:
     heat: np.ndarray      # (SLOTS,) surface temperature, °C
     pattern: np.ndarray   # (SLOTS, 4) kind, period in metres, duty, phase
 
-
+# %% ../nbs/01_synthetic.ipynb #6358e278
 def draw_size(
     rng: np.random.Generator,  # source of randomness
 ) -> dict:  # lengths in metres
@@ -142,8 +181,8 @@ def draw_pattern(
     slot: int,                 # UPPER or LOWER
 ) -> tuple:  # kind, period in metres, duty, phase
     "How two colours share a garment; periods are wide enough to survive 96×48 pixels."
-    kinds, p = ([PLAIN, BANDS, PINSTRIPES, CHECKS, DOTS, BLOCK, DIAGONAL, LOGO], [.24, .16, .1, .1, .08, .16, .06, .1])
-    if slot == LOWER: kinds, p = [PLAIN, SIDES, CHECKS, PINSTRIPES], [.74, .12, .08, .06]
+    kinds, p = ([PLAIN, BANDS, PINSTRIPES, CHECKS, DOTS, BLOCK, DIAGONAL, LOGO], [.12, .18, .12, .12, .1, .18, .08, .1])
+    if slot == LOWER: kinds, p = [PLAIN, SIDES, CHECKS, PINSTRIPES, BANDS, BLOCK], [.5, .14, .1, .08, .08, .1]
     return int(rng.choice(kinds, p=p)), rng.uniform(0.12, 0.30), rng.uniform(0.35, 0.65), rng.random()
 
 
@@ -156,13 +195,14 @@ def draw_person(
     "The identity `pid` of benchmark `seed`."
     rng = stream(seed, 1, pid)
     size, wear = draw_size(rng), draw_wear(rng)
-    rgb = np.stack([[draw_colour(rng) for _ in range(SLOTS)] for _ in range(2)])
+    pairs = [contrasting(lambda: draw_colour(rng), tone, 0.25) for _ in range(SLOTS)]
     own = stream(seed, 2, pid)  # ρ changes infrared alone: people stay the same people
-    nir = np.array([[near_infrared(c, rho, own) for c in colours] for colours in rgb])
-    tone, dark = rng.random(), rng.random()
-    rgb[:, SKIN] = np.array([0.60, 0.40, 0.30]) * (1 - tone) + np.array([0.14, 0.08, 0.055]) * tone
+    nir = np.array([contrasting(lambda k=iter((0, *[1] * 20)): near_infrared(pair[next(k)], rho, own), math.sqrt, 0.15) for pair in pairs]).T
+    rgb = np.array(pairs).swapaxes(0, 1)
+    brown, dark = rng.random(), rng.random()
+    rgb[:, SKIN] = np.array([0.60, 0.40, 0.30]) * (1 - brown) + np.array([0.14, 0.08, 0.055]) * brown
     rgb[:, HAIR] = np.array([[.03, .025, .02], [.10, .06, .035], [.38, .27, .13], [.4, .4, .4], [.25, .08, .04]])[rng.choice(5, p=[.42, .3, .14, .09, .05])]
-    nir[:, SKIN], nir[:, HAIR] = 0.62 - 0.12 * tone, 0.15 + 0.35 * dark
+    nir[:, SKIN], nir[:, HAIR] = 0.62 - 0.12 * brown, 0.15 + 0.35 * dark
     pattern = np.zeros((SLOTS, 4)); pattern[:, 1] = 1
     pattern[UPPER], pattern[LOWER] = draw_pattern(rng, UPPER), draw_pattern(rng, LOWER)
     if not wear["contrast"]:  # sleeves as the rest of the garment
@@ -172,7 +212,7 @@ def draw_person(
     heat[UPPER] = heat[SLEEVE] = dict(tee=29.5, shirt=28.5, vest=27, jacket=26, hoodie=26.5, coat=24.5)[wear["upper"]] + rng.uniform(-1, 1)
     return Person(size, wear, rgb, nir, heat, pattern)
 
-# %% ../nbs/01_synthetic.ipynb #375f03a9
+# %% ../nbs/01_synthetic.ipynb #65745848
 KNOTS = np.linspace(0, 1, 65)
 
 def profile(
@@ -199,7 +239,7 @@ class Part:
     around: float = 0.15  # radius that turns an angle into metres of pattern
     name: str = ""        # "torso" and "head" carry details
 
-
+# %% ../nbs/01_synthetic.ipynb #7ef8ad69
 def pose_legs(
     size: dict,      # see `Person`
     phase: float,    # of the step, radians
@@ -267,7 +307,7 @@ def arm_parts(
         parts.append(Part(wrist, fist, profile((0, .8 * w), (1, .75 * w)), SKIN))
     return parts, hands
 
-
+# %% ../nbs/01_synthetic.ipynb #2151ad25
 def head_parts(
     person: Person,  # who
     top: float,      # height of the shoulders, metres
@@ -351,7 +391,7 @@ def body(
     arms, hands = arm_parts(person, top, phase, stride)
     return torso + leg_parts(person, legs) + arms + head_parts(person, top, turn) + bag_parts(person, hip, top, hands)
 
-# %% ../nbs/01_synthetic.ipynb #2498c700
+# %% ../nbs/01_synthetic.ipynb #9379b1aa
 @dataclass
 class View:
     "Where a person stands before the camera."
@@ -400,48 +440,52 @@ def ellipse(
     w = math.sqrt(c * c + f * f * s * s)
     return w, (f * f - 1) * s * c / w, f / w, c / w, f * s / w
 
+# %% ../nbs/01_synthetic.ipynb #180856a5
+def along(
+    part: Part,      # its width and ends
+    t: np.ndarray,   # place along the axis, 0 … 1 between the ends, unbounded
+    length: float,   # of the axis, pixels
+    scale: float,    # pixels a metre
+) -> tuple:  # nearest place between the ends, half width in pixels, and what is left of a rounded end (below 0: beyond it)
+    "Width of a part at each pixel's place along it."
+    wide = part.width * np.float32(scale)
+    tc = np.minimum(np.maximum(t, 0), 1)
+    w = wide[(tc * 64 + np.float32(.5)).astype(np.intp)]
+    first, last = (np.float32(length / max(float(wide[end]) * cap, 1e-3)) for end, cap in zip((0, -1), part.caps))
+    over = t - tc
+    over = np.where(over < 0, over * first, over * last)
+    left = 1 - over * over
+    return tc, w * np.sqrt(np.maximum(left, 0)), left
+
 
 def rasterise(
     buf: Buffers,  # written to
     k: int,        # number of the part
     part: Part,    # what
     view: View,    # camera
-) -> tuple:  # direction across the part on the image, its pixels per metre along the axis
-    "Draw one part into the buffers: the analytic outline and depth of a swept ellipse."
+) -> tuple:  # direction across the part on the image (x, y)
+    "Draw one part into the buffers."
     (ax, ay, az), (bx, by, bz) = project(part, view)
     seen, shear, depth, _, _ = ellipse(part, view)
-    dx, dy = bx - ax, by - ay
-    length = max(math.sqrt(dx * dx + dy * dy), 0.5)
-    ux, uy = (dx / length, dy / length) if length > .5 else (0., 1.)
-    wide = part.width * np.float32(view.scale)
-    reach = float(wide.max()) * max(seen, 1.) + 1
-    H, W = buf.z.shape
-    x0, x1 = max(int(min(ax, bx) - reach), 0), min(int(max(ax, bx) + reach) + 2, W)
-    y0, y1 = max(int(min(ay, by) - reach), 0), min(int(max(ay, by) + reach) + 2, H)
-    if x0 >= x1 or y0 >= y1: return (uy, -ux), length
-    box = np.s_[y0:y1, x0:x1]
+    length = max(math.hypot(bx - ax, by - ay), 0.5)
+    ux, uy = ((bx - ax) / length, (by - ay) / length) if length > .5 else (0., 1.)
+    reach = float(part.width.max()) * view.scale * max(seen, 1.) + 1
+    (y0, y1), (x0, x1) = ((max(int(min(p, q) - reach), 0), min(int(max(p, q) + reach) + 2, n)) for p, q, n in zip((ay, ax), (by, bx), buf.z.shape))
+    if x0 >= x1 or y0 >= y1: return uy, -ux
     X, Y = buf.x[:, x0:x1] - np.float32(ax), buf.y[y0:y1] - np.float32(ay)
-    t = X * np.float32(ux / length) + Y * np.float32(uy / length)
-    across = X * np.float32(uy) - Y * np.float32(ux)
-    tc = np.minimum(np.maximum(t, 0), 1)
-    w = (wide * np.float32(seen))[(tc * 64 + np.float32(.5)).astype(np.intp)]
-    over = t - tc
-    cap = [np.float32(length / max(float(wide[i]) * c, 1e-3)) for i, c in ((0, part.caps[0]), (-1, part.caps[1]))]
-    over = np.where(over < 0, over * cap[0], over * cap[1])
-    left = 1 - over * over
-    w = w * np.sqrt(np.maximum(left, 0))
-    s = across / np.maximum(w, np.float32(1e-3))
-    front = 1 - s * s
-    c = np.sqrt(np.maximum(front, 0))
-    curve = uy * abs(uy) * math.sin(view.pitch) * depth / length
-    tc = tc - c * w * np.float32(curve / seen) if curve > 0 and 0 in part.caps else tc
-    z = np.float32(az) + tc * np.float32(bz - az) + w * (s * np.float32(shear / seen) + c * np.float32(depth / seen))
-    hit = (front > 0) & (left > 0) & (z > buf.z[box])
-    for target, value in ((buf.z, z), (buf.t, tc), (buf.s, s)): np.copyto(target[box], value, where=hit)
-    buf.part[box][hit] = k
-    return (uy, -ux), length
+    t, w, left = along(part, X * np.float32(ux / length) + Y * np.float32(uy / length), length, view.scale)
+    w = w * np.float32(seen)
+    s = (X * np.float32(uy) - Y * np.float32(ux)) / np.maximum(w, np.float32(1e-3))
+    c = np.sqrt(np.maximum(1 - s * s, 0))
+    if 0 in part.caps and uy > 0:  # seen from above, the front of a hem hangs lower than its sides
+        t = t - c * w * np.float32(uy * uy * math.sin(view.pitch) * depth / length / seen)
+    z = np.float32(az) + t * np.float32(bz - az) + w * (s * np.float32(shear / seen) + c * np.float32(depth / seen))
+    box = np.s_[y0:y1, x0:x1]
+    hit = (c > 0) & (left > 0) & (z > buf.z[box])
+    for target, value in ((buf.z, z), (buf.t, t), (buf.s, s), (buf.part, k)): np.copyto(target[box], value, where=hit)
+    return uy, -ux
 
-
+# %% ../nbs/01_synthetic.ipynb #a2800eb8
 def arc(
     s: np.ndarray,  # in [-1, 1]
 ) -> np.ndarray:  # arccos(s), error under 7e-5
@@ -450,7 +494,7 @@ def arc(
     p = np.sqrt(1 - a) * (1.5707288 + a * (-0.2121144 + a * (0.0742610 - a * 0.0187293)))
     return np.where(s < 0, np.float32(math.pi) - p, p).astype(np.float32)
 
-# %% ../nbs/01_synthetic.ipynb #6639e891
+# %% ../nbs/01_synthetic.ipynb #dd8fbccb
 def wave(
     x: np.ndarray,  # periods
 ) -> np.ndarray:  # place within the period, [0, 1)
@@ -478,7 +522,7 @@ def pattern_mix(
     if kind == SIDES: return abs(u) > .19
     return np.zeros(len(u), bool)
 
-
+# %% ../nbs/01_synthetic.ipynb #62ae158e
 @dataclass
 class Surface:
     "The pixels of bodies, one row a pixel."
@@ -505,7 +549,7 @@ def around(
     angle = np.where(sin < 0, -angle, angle) - np.float32(math.pi / 2)
     return np.where(angle < -math.pi, angle + np.float32(2 * math.pi), angle)
 
-
+# %% ../nbs/01_synthetic.ipynb #9d6bea25
 def wear_details(
     person: Person,      # who
     part: int,           # number of the person's torso; its head and neck come by role
@@ -557,7 +601,7 @@ def surface(
             if len(on): mix[on] = pattern_mix(*person.pattern[m].tolist(), u[on], v[on])
     return Surface(pixels, slot + SLOTS * who, mix, axes.astype(np.float32)[k], s, c, tint.astype(np.float32))
 
-# %% ../nbs/01_synthetic.ipynb #962537e9
+# %% ../nbs/01_synthetic.ipynb #5eeaf438
 def soft_colour(
     rng: np.random.Generator,  # source of randomness
 ) -> np.ndarray:  # linear RGB reflectance (3,)
@@ -648,7 +692,7 @@ def place(
     made.pixels[..., :4] *= ((.90 + .2 * grain) * glow)[..., None]
     return made.pixels
 
-
+# %% ../nbs/01_synthetic.ipynb #66b268d6
 @dataclass(frozen=True)
 class Camera:
     "A camera of the benchmark: where it hangs and how its sensor sees."
@@ -677,7 +721,7 @@ def optics(
                 light=(side / norm, -up / norm, math.sqrt(.5) / norm), gain=1 + .3 * nuisance * rng.uniform(-1, 1), ambient=rng.uniform(.35, .6),
                 blur=.25 * nuisance * rng.random(), noise=rng.uniform(.6, 1.4))
 
-# %% ../nbs/01_synthetic.ipynb #e5648e1c
+# %% ../nbs/01_synthetic.ipynb #10bb34af
 SUPER = 2  # samples per pixel and direction
 
 @dataclass
@@ -691,6 +735,24 @@ class Scene:
     thing: np.ndarray       # (6,) what the object is made of
 
 
+def assemble(
+    cast: list,  # (Person, View, pose: phase, walk and turn as for `body`)
+    H: int,      # pixels
+    W: int,      # pixels
+) -> tuple:  # Surface, list of Person
+    "The visible surface of everybody before the camera."
+    buf, parts, axes, heads = Buffers(H, W), [], [], []
+    for i, (who, where, pose) in enumerate(cast):
+        pieces = body(who, *pose)
+        names = [p.name for p in pieces]
+        heads.append((len(parts) + names.index("torso"), len(parts) + names.index("head")))
+        for part in pieces:
+            axes.append(rasterise(buf, len(parts), part, where))
+            parts.append((part, where, i))
+    people = [who for who, _, _ in cast]
+    return surface(buf, parts, people, np.array(axes), heads), people
+
+
 def stage(
     settings: Settings,  # knobs
     seed: int,           # of the data
@@ -701,30 +763,22 @@ def stage(
     "Put the person, perhaps a passer-by and an object, before the camera."
     H, W, n = settings.height * SUPER, settings.width * SUPER, settings.nuisance
     person = draw_person(seed, pid, settings.rho)
-    fixed = optics(seed, camera.number, n)
-    tall = .5 * person.size["height"] + .5 * 1.72
+    tall = .5 * person.size["height"] + .5 * 1.72  # detectors cut out what they find: half of the height is lost
     scale = H / (tall * (1.13 + .10 * n * rng.random()))
-    view = View(math.radians(settings.heading) * rng.uniform(-1, 1), fixed["pitch"], scale,
+    view = View(math.radians(settings.heading) * rng.uniform(-1, 1), optics(seed, camera.number, n)["pitch"], scale,
                 W * (.5 + .05 * n * rng.uniform(-1, 1)), H * (.955 + .025 * n * rng.uniform(-1, 1)))
     cast = [(person, view)]
-    hidden, distance = rng.random(4), rng.uniform(3.0, 3.0 + 4 * n)
-    if hidden[0] < settings.occlusion * .5:
-        aside = (1 if hidden[1] < .5 else -1) * (.42 + .3 * hidden[2])
+    (there, side, far, near), distance = rng.random(4), rng.uniform(3.0, 3.0 + 4 * n)
+    if there < settings.occlusion / 2:  # a passer-by
+        aside = (1 if side < .5 else -1) * (.42 + .3 * far)
         other = draw_person(seed, -1 - int(rng.integers(200)), settings.rho)
-        cast.append((other, replace(view, heading=rng.uniform(-3.1, 3.1), x=view.x + aside * scale, y=view.y + .02 * H, z=.5 if hidden[3] < .6 else -.7)))
-    buf, parts, axes, heads = Buffers(H, W), [], [], []
-    for i, (who, where) in enumerate(cast):
-        pieces = body(who, rng.uniform(0, 2 * math.pi), rng.random() ** .5, .5 * rng.uniform(-1, 1))
-        names = [p.name for p in pieces]
-        heads.append((len(parts) + names.index("torso"), len(parts) + names.index("head")))
-        for part in pieces:
-            axes.append(rasterise(buf, len(parts), part, where)[0])
-            parts.append((part, where, i))
-    people = [p for p, _ in cast]
+        cast.append((other, replace(view, heading=rng.uniform(-3.1, 3.1), x=view.x + aside * scale, y=view.y + .02 * H, z=.5 if near < .6 else -.7)))
+    cast = [(*c, (rng.uniform(0, 2 * math.pi), rng.random() ** .5, .5 * rng.uniform(-1, 1))) for c in cast]
+    skin, people = assemble(cast, H, W)
     front, thing = obstacle(settings, H, W, rng)
     backdrop = crop_place(settings, seed, camera, H, W, scale, rng)
-    for _, where in cast: shadow(backdrop, where)
-    return Scene(surface(buf, parts, people, np.array(axes), heads), people, backdrop, distance, front, thing)
+    for _, where, _ in cast: shadow(backdrop, where)
+    return Scene(skin, people, backdrop, distance, front, thing)
 
 
 def shadow(
@@ -773,7 +827,7 @@ def crop_place(
     cols = (left + np.arange(W) * zoom).astype(np.intp).clip(0, pano.shape[1] - 1)
     return pano.take(rows, 0).take(cols, 1)
 
-# %% ../nbs/01_synthetic.ipynb #85cd8e83
+# %% ../nbs/01_synthetic.ipynb #4ee3002c
 def shrink(
     image: np.ndarray,  # (H, W, C) supersampled
 ) -> np.ndarray:  # (H/2, W/2, C)
@@ -836,7 +890,7 @@ def finish(
     image = (np.minimum(np.maximum(image, 0), 1) * 255 + np.float32(.5)).astype(np.uint8)
     return np.ascontiguousarray(np.broadcast_to(image, image.shape[:2] + (3,)))
 
-
+# %% ../nbs/01_synthetic.ipynb #d36ff981
 def see_visible(
     scene: Scene,              # what is there
     settings: Settings,        # knobs
@@ -870,9 +924,9 @@ def see_infrared(
     shade = (.25 + .75 * skin.c) * (.5 + .5 * skin.tint)
     if settings.silhouette: shade = np.ones_like(shade)
     fall = scene.distance / (scene.distance + np.maximum(scene.backdrop[..., 4:5], 0))
-    level = fixed["gain"] * 1.1 * (4.5 / scene.distance) ** .5 * 2 ** (.45 * n * rng.uniform(-1, 1))
+    level = fixed["gain"] ** .5 * (4.5 / scene.distance) ** .25 * 2 ** (.35 * n * rng.uniform(-1, 1))
     image = develop(scene, materials(scene, "nir", settings.silhouette), np.s_[3:4], (shade * level).astype(np.float32)[:, None], (fall * fall * fall * .6 * level).astype(np.float32), level)
-    return finish(coarse(image, settings.ir_resolution), fixed["blur"] + .07 * scene.distance * rng.random() * n, .028 * settings.ir_noise * fixed["noise"], rng)
+    return finish(coarse(image, settings.ir_resolution), fixed["blur"] + .07 * scene.distance * rng.random() * n, .022 * settings.ir_noise * fixed["noise"], rng)
 
 
 def coarse(
@@ -907,7 +961,7 @@ def see_thermal(
     level = (coarse(image, .45 * settings.ir_resolution) - (16.5 + 1.2 * n * rng.uniform(-1, 1))) / span
     return finish(np.maximum(level, 0) ** 2, .5, .02 * settings.ir_noise, rng)
 
-
+# %% ../nbs/01_synthetic.ipynb #2bc9dc61
 def render(
     settings: Settings,  # knobs
     seed: int,           # of the data
@@ -922,7 +976,7 @@ def render(
     if settings.layout == "regdb": return see_thermal(scene, settings, fixed, rng)
     return see_infrared(scene, settings, fixed, rng)
 
-# %% ../nbs/01_synthetic.ipynb #1af94247
+# %% ../nbs/01_synthetic.ipynb #0f7ca6f2
 NUMBERS = dict(height=(32, 1024), width=(16, 512), identities=(2, 9000), val_identities=(1, 8999), test_identities=(2, 9000), images=(1, 1000),
                test_visible=(1, 1000), test_infrared=(1, 1000), missing=(0, .5), rho=(0, 1), ir_noise=(0, 20), ir_resolution=(.1, 1),
                heading=(0, 180), nuisance=(0, 3), occlusion=(0, 1), quality=(1, 95))  # range of each knob
@@ -962,7 +1016,7 @@ def check(
         raise UserError(f"images={s.images}, test_visible={s.test_visible}, test_infrared={s.test_infrared}; an identity of RegDB is in training in one split and in test in another: give three equal numbers")
     return s
 
-
+# %% ../nbs/01_synthetic.ipynb #268f4d59
 def splits(
     s: Settings,  # knobs
     seed: int,    # of the data
@@ -1010,7 +1064,7 @@ def encode(
     Image.fromarray(image).save(out, **kind)
     return out.getvalue()
 
-
+# %% ../nbs/01_synthetic.ipynb #f645c6d1
 def write_identity(
     folder: str,  # being written
     s: Settings,  # knobs
@@ -1032,7 +1086,7 @@ def write_identity(
 
 def _write_identity(job): return write_identity(*job)
 
-# %% ../nbs/01_synthetic.ipynb #30a62fcc
+# %% ../nbs/01_synthetic.ipynb #4c6f3d57
 def write_lists(
     folder: Path,  # being written
     s: Settings,   # knobs
@@ -1060,7 +1114,7 @@ def regdb_lists(
                 texts[f"idx/{half}_{kind}_{trial}.txt"] = "\n".join(lines) + "\n"
     return texts
 
-
+# %% ../nbs/01_synthetic.ipynb #4f52bce1
 def fingerprint(
     out,           # folder of a benchmark
     deep=False,    # read every file and compare, instead of believing benchmark.json

@@ -146,6 +146,13 @@ def test_rho_is_the_correlation_of_infrared_with_luminance(rho):
     infrared = np.sqrt([near_infrared(c, rho, rng) for c in colours])
     assert abs(np.corrcoef(seen, infrared)[0, 1] - rho) < 0.05
 
+def test_patterns_can_be_seen_in_both_spectra():
+    people = [synthetic.draw_person(0, pid, 0.75) for pid in range(1, 101)]
+    slots = [m for m in range(synthetic.SLOTS) if m not in (synthetic.SKIN, synthetic.HAIR)]
+    visible = np.array([[abs(synthetic.tone(p.rgb[0, m]) - synthetic.tone(p.rgb[1, m])) for m in slots] for p in people])
+    infrared = np.array([[abs(p.nir[0, m] ** .5 - p.nir[1, m] ** .5) for m in slots] for p in people])
+    assert np.mean(visible >= 0.25) > 0.97 and np.mean(infrared >= 0.15) > 0.97
+
 def test_infrared_has_no_colour_and_visible_has():
     for cam in SYSU_CAMERAS:
         image = render(PRESETS["default"], 0, 1, cam, 1).astype(int)
