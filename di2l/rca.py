@@ -39,7 +39,23 @@ def random_flip(
     heads = _coin(len(images), p, generator).to(images.device)
     return torch.where(heads[:, None, None, None], images.flip(3), images)
 
-# %% ../nbs/02_rca.ipynb #fbcb9257
+# %% ../nbs/02_rca.ipynb #c563aec6
+def _gather(images, rows, cols):
+    "Pixel `(rows[b,y], cols[b,x])` of each image at `(y, x)`, in one pass over the batch."
+    B, C, H, W = images.shape
+    first = torch.arange(B, device=images.device)[:, None] * H
+    place = ((first + rows)[:, :, None] * W + cols[:, None, :]).reshape(-1)                # (B·H·W,)
+    return images.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, place).view(B, H, W, C).permute(0, 3, 1, 2)
+
+def _shifted(images, pad, p, generator):
+    "Rows `(B,H)` and columns `(B,W)` that a random crop takes."
+    B, _, H, W = images.shape
+    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator) * _coin(B, p, generator)[None, :, None]
+    shift = shift.to(images.device)
+    rows = (torch.arange(H, device=images.device) + shift[0]).clamp(0, H - 1)          # (B,H)
+    cols = (torch.arange(W, device=images.device) + shift[1]).clamp(0, W - 1)          # (B,W)
+    return rows, cols
+
 def random_crop(
     images,          # batch `(B,3,H,W)`
     pad=10,          # largest shift in pixels, each way
@@ -47,20 +63,27 @@ def random_crop(
     generator=None,  # CPU `torch.Generator`
 ):                   # batch of the same shape
     "Shift each image by its own offset; the edge pixel is repeated outside."
-    B, _, H, W = images.shape
-    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator) * _coin(B, p, generator)[None, :, None]
-    shift = shift.to(images.device)
-    rows = (torch.arange(H, device=images.device) + shift[0]).clamp(0, H - 1)          # (B,H)
-    cols = (torch.arange(W, device=images.device) + shift[1]).clamp(0, W - 1)          # (B,W)
-    batch = torch.arange(B, device=images.device)[:, None, None]
-    return images.permute(0, 2, 3, 1)[batch, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    return _gather(images, *_shifted(images, pad, p, generator))
 
-# %% ../nbs/02_rca.ipynb #cad06c0c
+# %% ../nbs/02_rca.ipynb #24c9ee5d
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # torchvision's, for images in [0,1]
 
 def _plane(values, images):
     "Three numbers as `(1,3,1,1)` on the images' device."
     return torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+
+def _rectangles(images, p, generator, area=(0.02, 0.4), aspect=(0.3, 3.3)):
+    "Where each image is erased: a mask `(B,1,H,W)`."
+    B, _, H, W = images.shape
+    heads, draw = _coin(B, p, generator), torch.rand(4, B, generator=generator)
+    share = area[0] + (area[1] - area[0]) * draw[0]
+    ratio = aspect[0] * (aspect[1] / aspect[0]) ** draw[1]
+    h = (share * H * W * ratio).sqrt().round().clamp(1, H)
+    w = (share * H * W / ratio).sqrt().round().clamp(1, W)
+    top, left = (draw[2] * (H - h + 1)).floor(), (draw[3] * (W - w + 1)).floor()
+    top, left, bottom, right = (v[:, None].to(images.device) for v in (top, left, top + h * heads, left + w))
+    y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
+    return ((y >= top) & (y < bottom))[:, None, :, None] & ((x >= left) & (x < right))[:, None, None, :]   # (B,1,H,W)
 
 def random_erase(
     images,                  # batch `(B,3,H,W)` in [0,1]
@@ -71,26 +94,19 @@ def random_erase(
     value=IMAGENET_MEAN,     # what is painted: 0 after normalisation
 ):                           # batch of the same shape
     "Paint one rectangle of each image in the mean colour."
-    B, _, H, W = images.shape
-    heads, draw = _coin(B, p, generator), torch.rand(4, B, generator=generator)
-    share = area[0] + (area[1] - area[0]) * draw[0]
-    ratio = aspect[0] * (aspect[1] / aspect[0]) ** draw[1]
-    h = (share * H * W * ratio).sqrt().round().clamp(1, H)
-    w = (share * H * W / ratio).sqrt().round().clamp(1, W)
-    top, left = (draw[2] * (H - h + 1)).floor(), (draw[3] * (W - w + 1)).floor()
-    top, left, bottom, right = (v[:, None].to(images.device) for v in (top, left, top + h * heads, left + w))
-    y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
-    inside = ((y >= top) & (y < bottom))[:, None, :, None] & ((x >= left) & (x < right))[:, None, None, :]   # (B,1,H,W)
-    return torch.where(inside, _plane(value, images), images)
+    return torch.where(_rectangles(images, p, generator, area, aspect), _plane(value, images), images)
 
-# %% ../nbs/02_rca.ipynb #87be2159
+# %% ../nbs/02_rca.ipynb #5ee29834
 def normalise(
     images,              # batch `(B,3,H,W)` in [0,1]
     mean=IMAGENET_MEAN,  # subtracted, one number a channel
     std=IMAGENET_STD,    # divided by, one number a channel
 ):                       # batch of the same shape, about zero mean and unit variance
     "What torchvision's pretrained networks expect."
-    return (images - _plane(mean, images)) / _plane(std, images)
+    B, C, H, W = images.shape
+    whole = lambda values: torch.tensor(values, device=images.device).repeat(W)            # a row of pixels, (W·C,)
+    rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
+    return (rows - whole(mean)).div_(whole(std)).view(B, H, W, C).permute(0, 3, 1, 2)
 
 def augment(
     images,          # batch `(B,3,H,W)`, uint8
@@ -101,5 +117,7 @@ def augment(
     pad=10,          # largest shift in pixels
 ):                   # float batch `(B,3,H,W)` in [0,1], not yet normalised
     "§3.1: random flipping, random cropping and random erasing, in that order, each image its own draws."
-    images = random_crop(random_flip(images, flip, generator), pad, crop, generator)
-    return random_erase(images.float() / 255, erase, generator)
+    mirrored = _coin(len(images), flip, generator).to(images.device)[:, None]
+    rows, cols = _shifted(images, pad, crop, generator)
+    images = _gather(images, rows, torch.where(mirrored, images.shape[3] - 1 - cols, cols)).float().div_(255)
+    return torch.where(_rectangles(images, erase, generator), _plane(IMAGENET_MEAN, images), images, out=images)
