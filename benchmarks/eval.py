@@ -2,6 +2,7 @@
 
 The file holds ratios and sizes; seconds depend on the machine and its load and are printed only."""
 import argparse
+import ctypes
 import json
 import threading
 import time
@@ -130,6 +131,7 @@ def protocol_sizes(repeats):
 class Peak:
     "Largest resident memory inside the `with`, in bytes above its start."
     def __enter__(self):
+        ctypes.CDLL(None).malloc_trim(0)                     # what earlier calls have freed is not to be counted as there already
         self.start, self.more, self.done = self.now(), 0, threading.Event()
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()

@@ -306,7 +306,7 @@ def evaluate(
         return rank(dist[b], b)
     return _gather([part(b) for b in _blocks(len(dist), dist[0].nbytes, block)], max_rank)
 
-# %% ../nbs/09_eval.ipynb #61708fca
+# %% ../nbs/09_eval.ipynb #71e5f4da
 def default_device():
     "CUDA where there is one, otherwise the processor."
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -333,42 +333,43 @@ def check_features(
 
 class _Exact:
     "Features as whole numbers `h`, `l` `(N,D)` in float64, a power of two `scale (N,1)`, and their squared lengths `norm (N,1)`."
-    def __init__(self, features, device="cpu"):
-        x = torch.as_tensor(np.ascontiguousarray(features), device=device).double()
-        bits = (53 - (x.shape[1] - 1).bit_length()) // 2                                 # D · 2^(2b) ≤ 2^53
-        _, exponent = torch.frexp(x.abs().amax(1, keepdim=True))
-        self.scale, self.low = torch.ldexp(torch.ones_like(x[:, :1]), exponent), 2.0 ** -bits
-        x = x / self.scale / self.low
-        self.h = x.round()
-        self.l = ((x - self.h) / self.low).round()
-        self.scale *= self.low
-        self.coarse = not self.l.any()                                                   # half precision and whole numbers need no l
-        self.norm = self.scale**2 * ((self.h**2).sum(1, keepdim=True) + self.low * (2 * self.h * self.l).sum(1, keepdim=True))
+    def __init__(self, features):
+        bits = (53 - (features.shape[1] - 1).bit_length()) // 2                          # D · 2^(2b) ≤ 2^53
+        exponent = np.frexp(np.abs(features).max(1, keepdims=True).astype(np.float64))[1]
+        self.scale, self.low = np.ldexp(1.0, np.maximum(exponent, -900) - bits), 2.0 ** -bits
+        x = np.divide(features, self.scale, dtype=np.float64)
+        self.h = np.rint(x)
+        x -= self.h
+        self.l = np.rint(np.ldexp(x, bits, out=x), out=x)
+        self.norm = self.scale**2 * (_dots(self.h, self.h) + 2 * self.low * _dots(self.h, self.l))
 
     def pick(self, rows):
         "Some rows, as often as they are named."
         some = object.__new__(_Exact)
-        some.low, some.coarse = self.low, self.coarse
-        some.h, some.l, some.scale, some.norm = (x[rows] for x in (self.h, self.l, self.scale, self.norm))
+        some.low, some.h, some.l, some.scale, some.norm = self.low, self.h[rows], self.l[rows], self.scale[rows], self.norm[rows]
         return some
 
-    def distance(self, other, metric):
-        "Distances of all pairs, array `(N,M)`."
-        inner = self.h @ other.h.T
-        if not (self.coarse and other.coarse): inner += self.low * (torch.cat([self.h, self.l], 1) @ torch.cat([other.l, other.h], 1).T)
-        return _distance(inner * self.scale * other.scale.T, self.norm, other.norm.T, metric)
+    def distance(self, other, metric, device="cpu"):
+        "Distances of all pairs `(N,M)`."
+        h, l, other_h, other_l = (torch.from_numpy(x).to(device) for x in (self.h, self.l, other.h, other.l))
+        inner = h @ other_h.T
+        if l.any() or other_l.any(): inner += self.low * (torch.cat([h, l], 1) @ torch.cat([other_l, other_h], 1).T)   # half precision and whole numbers need no l
+        return _distance(inner.cpu().numpy() * self.scale * other.scale.T, self.norm, other.norm.T, metric)
 
     def distance_to(self, other, metric):
-        "Distances row by row, array `(N,1)`: the same bits."
-        inner = (self.h * other.h).sum(1, keepdim=True) + self.low * (self.h * other.l + self.l * other.h).sum(1, keepdim=True)
+        "Distances row by row `(N,1)`: the same bits."
+        inner = _dots(self.h, other.h) + self.low * (_dots(self.h, other.l) + _dots(self.l, other.h))
         return _distance(inner * self.scale * other.scale, self.norm, other.norm, metric)
 
+def _dots(a, b):
+    "Inner products row by row `(N,1)`."
+    return np.einsum("nd,nd->n", a, b)[:, None]
+
 def _distance(inner, a, b, metric):
-    "From inner products and squared lengths to distances; roots in NumPy, which rounds them correctly everywhere."
-    inner, a, b = (x.cpu().numpy() for x in (inner, a, b))
+    "From inner products and squared lengths to distances; NumPy rounds its roots correctly everywhere."
     return 1 - inner / np.sqrt(a * b) if metric == "cosine" else np.sqrt(np.maximum(a + b - 2 * inner, 0))
 
-# %% ../nbs/09_eval.ipynb #0ce5bd3e
+# %% ../nbs/09_eval.ipynb #cd48ab72
 def _check_metric(
     metric,    # "euclidean" or "cosine"
     **tables,  # feature tables by name, already checked
@@ -393,9 +394,9 @@ def distances(
     query, gallery = check_features(query, "query features"), check_features(gallery, "gallery features")
     _check_metric(metric, query=query, gallery=gallery)
     device = _device(device)
-    return _Exact(query, device).distance(_Exact(gallery, device), metric)
+    return _Exact(query).distance(_Exact(gallery), metric, device)
 
-# %% ../nbs/09_eval.ipynb #4ae32164
+# %% ../nbs/09_eval.ipynb #227c9d94
 def _rows_of_distances(
     query,       # checked features `(Q,D)`
     gallery,     # checked features `(G,D)`
@@ -405,10 +406,10 @@ def _rows_of_distances(
 ):               # pairs of a slice of queries and their distances `(B,G)`
     "Distances, a block of queries at a time."
     parts = [gallery[i:i + 32768] for i in range(0, len(gallery), 32768)]
-    kept = [_Exact(parts[0], device)] if len(parts) == 1 else None
+    kept = [_Exact(parts[0])] if len(parts) == 1 else None
     for b in _blocks(len(query), 8 * len(gallery), block, 2**28):
-        q = _Exact(query[b], device)
-        yield b, np.concatenate([q.distance(g, metric) for g in (kept or (_Exact(p, device) for p in parts))], axis=1)
+        q = _Exact(query[b])
+        yield b, np.concatenate([q.distance(g, metric, device) for g in (kept or map(_Exact, parts))], axis=1)
 
 def evaluate_features(
     query,               # features `(Q,D)`
@@ -585,7 +586,7 @@ def _settle(
     first = np.searchsorted(best.row[order], np.arange(best.n))[:, None] + np.arange(best.k)
     return exact[order[first]], order[first]
 
-# %% ../nbs/09_eval.ipynb #08feeaf2
+# %% ../nbs/09_eval.ipynb #999fa2d5
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -603,11 +604,11 @@ def search(
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True) if metric == "cosine" else x
     shift = unit(gallery[:4096].astype(np.float64)).mean(0, keepdims=True)
     q, length = _prepare(query, shift, metric, 1., device)
-    queries = _blocks(len(query), 1, 4096 if device.type == "cuda" else 1024)
+    queries = _blocks(len(query), 1, 4096)
     best = [_Best(len(query[b]), min(k, len(gallery))) for b in queries]
     settle = lambda one, b: _settle(one, query[b], gallery, metric)[1].ravel()
     with _Full32(), torch.inference_mode():
-        _scan(q, length, queries, best, gallery, shift, metric, device, block or (65536 if device.type == "cuda" else 4096), settle)
+        _scan(q, length, queries, best, gallery, shift, metric, device, block or (65536 if device.type == "cuda" else 2048), settle)
     found = [_settle(one, query[b], gallery, metric) for one, b in zip(best, queries)]
     return np.concatenate([d for d, _ in found]), np.concatenate([one.column[which] for one, (_, which) in zip(best, found)])
 
