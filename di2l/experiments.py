@@ -132,7 +132,7 @@ def shuffled(
         for to, source in zip(rows.path, rng.permutation(rows.path)): shutil.copyfile(root / source, tmp / to)
     return tmp.rename(out)
 
-# %% ../nbs/10_experiments.ipynb #5ef2aa44
+# %% ../nbs/10_experiments.ipynb #01b0cf19
 def configuration(
     e,          # `Experiment`
     seed,       # training seed
@@ -154,6 +154,7 @@ def identity(
     "A name for everything that decides the outcome."
     settings = asdict(replace(synthetic.PRESETS[e.benchmark], **e.knobs))
     run = {k: v for k, v in asdict(configuration(e, seed)).items() if k not in INCIDENTAL}
+    if not run["settings"].get("dpa", True): run["settings"] = {k: v for k, v in run["settings"].items() if k not in ("parts", "reading")}   # no part in it
     what = dict(scoring=SCORING, generator=synthetic.VERSION, benchmark=settings, control=e.control, data_seed=data_seed, run=run)
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
