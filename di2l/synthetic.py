@@ -28,8 +28,8 @@ from PIL import Image, ImageDraw
 
 from .datasets import UserError, progress
 
-# %% ../nbs/01_synthetic.ipynb #852dade9
-VERSION = "3"  # of the generator: any change of the pixels raises it
+# %% ../nbs/01_synthetic.ipynb #36def856
+VERSION = "4"  # of the generator: any change of the pixels raises it
 
 @dataclass(frozen=True)
 class Settings:
@@ -549,7 +549,7 @@ def around(
     angle = np.where(sin < 0, -angle, angle) - np.float32(math.pi / 2)
     return np.where(angle < -math.pi, angle + np.float32(2 * math.pi), angle)
 
-# %% ../nbs/01_synthetic.ipynb #9d6bea25
+# %% ../nbs/01_synthetic.ipynb #ee3ffb0a
 def wear_details(
     person: Person,      # who
     part: int,           # number of the person's torso; its head and neck come by role
@@ -591,6 +591,7 @@ def surface(
     reach = np.array([math.dist(p.a, p.b) for p, _, _ in parts], np.float32)[k]
     v, u = t * reach + of("start"), angle * of("around")
     slot = np.where(t > of("cut"), of("below"), of("slot")).astype(np.intp)
+    v = np.where((t > of("cut")) & (slot == LOWER), v - reach, v)  # below the hem the pattern is the trousers', which begins at the hip
     who = np.array([i for _, _, i in parts])[k]
     tint = 1 - .10 * np.abs(wave(v * 7 + angle * 1.3) - .5) - .08 * np.abs(wave(angle * 2.1 - v * 3) - .5)
     mix = np.zeros(len(k), bool)

@@ -199,7 +199,7 @@ def test_colour_alone_does_not_match_across_modalities(faces, feature):
     across = [rank1(table[q][:, f], table[g][:, 0], pids, pids) for q in (3, 6) for g in (1, 2, 4, 5) for f in (0, 1)]
     assert np.mean(across) < 3 / 40
     within = np.mean([rank1(table[c][:, 1], table[c][:, 0], pids, pids) for c in (1, 2, 4, 5)])
-    if feature == "colour histogram": assert within > 3 / 40
+    if feature == "colour histogram": assert within > 2 / 40
 
 def test_people_can_be_told_apart_in_the_pixels(faces):
     "Within a visible camera, colour in six stripes names the person far above chance."
