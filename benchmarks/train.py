@@ -127,12 +127,12 @@ def cpu_seconds(call):
 
 
 def interleaved(steps, repeat):
-    "Median processor seconds of each, taken in turns; the first turn is for warming up."
+    "Median processor seconds of each, taken in turns; the first turn is for warming up (and counts if it is the only one)."
     took = {name: [] for name in steps}
     for turn in range(repeat + 1):
         for name, step in steps.items():
             t = cpu_seconds(step)
-            if turn: took[name].append(t)
+            if turn or not repeat: took[name].append(t)
             print(f"  {name} {t:.2f} s", flush=True)
     return {name: statistics.median(t) for name, t in took.items()}
 
@@ -168,7 +168,7 @@ def step_section(ids, repeat, threads):
     steps = {n: SIDES[n](ids) for n in ("plain", "engine", "fp32")}
     took = interleaved(steps, repeat)
     work, peak = flops(steps["engine"]), matrix_peak()
-    out = dict(images=12 * ids, threads=threads, times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
+    out = dict(images=12 * ids, threads=threads, turns=max(repeat, 1), times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
                tflop_a_step=round(work / 1e12, 2), share_of_bf16_matrix_peak=round(work / took["engine"] / peak, 2), operators=operators(steps["engine"]))
     del steps
     memory = {n: peak_memory(n, ids, threads) for n in ("plain", "engine", "checkpointing")}

@@ -9,8 +9,8 @@ __all__ = ['PRESETS', 'SOURCES', 'test', 'HEADS', 'KEEP', 'MAY_DIFFER', 'Config'
            'random_states', 'set_random_states', 'differences', 'Log', 'read_log', 'plot_log', 'Curves', 'Interrupted',
            'NonFinite', 'Signals', 'Run', 'versions', 'fingerprint', 'describe', 'train', 'finish', 'options', 'main']
 
-# %% ../nbs/08_train.ipynb #d88c26da
-import csv, dataclasses, difflib, functools, hashlib, io, json, math, os, random, resource, shutil, signal, sys, threading, time, typing, warnings
+# %% ../nbs/08_train.ipynb #39ef3439
+import csv, dataclasses, difflib, functools, hashlib, io, json, math, os, random, shutil, signal, sys, threading, time, typing, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -323,7 +323,7 @@ def recompute_blocks(
     if not blocks: raise UserError("checkpointing = True, but the network has no residual block of torchvision's to recompute; leave it off")
     return len(blocks)
 
-# %% ../nbs/08_train.ipynb #b8996eaa
+# %% ../nbs/08_train.ipynb #dce78a8f
 KEEP = 2   # checkpoints
 
 def checkpoints(
@@ -333,7 +333,8 @@ def checkpoints(
     return sorted(Path(folder).glob("step-*"))
 
 def _sync(path):
-    "Force a folder's entries to the disk."
+    "Force a folder's entries to the disk (Windows knows no such thing)."
+    if os.name == "nt": return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -518,7 +519,7 @@ class Signals:
         self.caught = signal.Signals(number).name
         self.__exit__()
 
-# %% ../nbs/08_train.ipynb #a1b122f7
+# %% ../nbs/08_train.ipynb #37459c94
 class Run:
     "A training run: network, optimiser, batches, and how far it is."
     def __init__(self,
@@ -639,7 +640,7 @@ class Run:
         return True
 
     def fit(self):
-        "All the steps that are left; the last step's scalars."
+        "All the steps that are left."
         first, clock, before = self.step, time.perf_counter(), self.seconds
         curves = Curves(self.out)
         with ExitStack() as stack:
@@ -655,7 +656,6 @@ class Run:
                 if due or stop: self.save()
                 if stop: raise Interrupted(f"{stop}: stopped after step {self.step} of {self.total}, saved in {self.out}; --resume goes on from there")
         if self.rank == 0: curves.update(final=True)
-        return rows[-1]
 
     def _show(self, rows, bar, curves, speed):
         "Log, bar and curves."
@@ -695,7 +695,7 @@ def describe(
                 dataset=dict(name=c.dataset, root=str(c.root), trial=c.trial, fingerprint=run.fingerprint), versions=versions(),
                 device=device, precision=run.precision, processes=run.world, steps=run.total)
 
-# %% ../nbs/08_train.ipynb #6a9a9479
+# %% ../nbs/08_train.ipynb #1f94c9be
 def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
@@ -721,24 +721,31 @@ def train(
     if run.rank == 0:
         run.log = Log(out, run.kept if resumed else 0, run.step, config.log == "tensorboard")
         write_whole(out / "config.json", json.dumps(about, indent=1).encode())
-    try: return finish(run, run.fit() if run.step < run.total else {}, say)
+    try:
+        if run.step < run.total: run.fit()
+        return finish(run, say)
     except torch.OutOfMemoryError: raise UserError("the GPU's memory is too small for this batch; take checkpointing=True, precision=bf16, or fewer ids") from None
     except OSError as e:
         kept = [p.name for p in checkpoints(out / "checkpoints")]
         raise UserError(f"step {run.step}: {out} cannot be written ({e}); {f'{kept[-1]} is intact' if kept else 'there was no checkpoint yet'}. "
                         "Make room, then go on with --resume") from None
 
+def _memory(device):
+    "Most memory that this process has used, in MB: the GPU's, or the process's."
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) >> 20
+    try: import resource
+    except ImportError: return None                                       # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
 def finish(
-    run,   # `Run`, all steps done
-    last,  # scalars of the last step
-    say,   # prints
-):         # the run folder
+    run,  # `Run`, all steps done
+    say,  # prints
+):        # the run folder
     "Write the weights and the summary, and say where everything is."
     from safetensors.torch import save
-    memory = torch.cuda.max_memory_allocated() if run.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    summary = dict(steps=run.total, seconds=round(run.seconds, 3), steps_per_second=round(run.total / max(run.seconds, 1e-9), 3), peak_memory_mb=memory >> 20,
-                   device=describe(run)["device"], precision=run.precision, processes=run.world, last=last)
     if run.rank == 0:
+        summary = dict(steps=run.total, seconds=round(run.seconds, 3), steps_per_second=round(run.total / max(run.seconds, 1e-9), 3), peak_memory_mb=_memory(run.device),
+                       device=describe(run)["device"], precision=run.precision, processes=run.world, last=read_log(run.out).iloc[-1].to_dict())
         write_whole(run.out / "model.safetensors", save({k: v.detach().cpu().contiguous() for k, v in run.network.state_dict().items()}))
         write_whole(run.out / "summary.json", json.dumps(summary, indent=1).encode())
         say(f"Done. In {run.out}: weights model.safetensors, every step's scalars log.csv, configuration config.json, summary.json. Next: di2l_eval --run {run.out}")
