@@ -14,7 +14,7 @@ from di2l.synthetic import write_benchmark
 
 torch.set_num_threads(1)          # small images: a second thread gains nothing, and on a busy machine it costs
 
-SMALL = dict(size=(48, 24), ids=4, visible=2, infrared=2, device="cpu")
+SMALL = dict(size=(48, 24), parts=3, ids=4, visible=2, infrared=2, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +445,7 @@ def test_text_is_read_as_the_fields_type():
 
 
 def test_command_line(small, tmp_path, capsys):
-    words = ["--root", small().root, "--size", "48x24", "--ids", "4", "--visible", "2", "--infrared", "2", "--device", "cpu", "--steps", "2"]
+    words = ["--root", small().root, "--size", "48x24", "--parts", "3", "--ids", "4", "--visible", "2", "--infrared", "2", "--device", "cpu", "--steps", "2"]
     T.main(["--preset", "quick", "--out", str(tmp_path / "run"), "--json", str(tmp_path / "s.json"), "--gamma", "0", *words])
     assert json.loads((tmp_path / "s.json").read_text())["steps"] == 2
     printed = capsys.readouterr().out
