@@ -114,7 +114,7 @@ def test_importing_is_cheap():
     assert seconds[2] < 0.3, f"importing di2l took {seconds[2]:.2f} s beyond torch"
 
 
-@pytest.mark.parametrize("command", ["di2l_synth", "di2l_verify", "di2l_train", "di2l_eval", "di2l_experiments", "di2l_reproduce"])
+@pytest.mark.parametrize("command", ["di2l_synth", "di2l_verify", "di2l_train", "di2l_eval", "di2l_search", "di2l_experiments", "di2l_reproduce"])
 def test_commands_have_help(command):
     run = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "usage" in run.stdout.lower() and "Traceback" not in run.stderr
