@@ -24,12 +24,12 @@ def stripe_pool(
     if q == 1: return x.unflatten(2, (parts, -1)).mean((3, 4))
     return x.clamp(min=1e-6).pow(q).unflatten(2, (parts, -1)).mean((3, 4)).pow(1 / q)     # 1e-6^3 is still a float32
 
-# %% ../nbs/04_dpa.ipynb #4d5c6e35
+# %% ../nbs/04_dpa.ipynb #18c29a4e
 class DPA(nn.Module):
     "Eq. 4: attention between the stripes of a map, folded into its pooled feature."
     def __init__(self,
         channels,          # C of the stage-4 map
-        parts=6,           # P, number of stripes
+        parts=3,           # P, number of stripes
         reading="global",  # how α meets z(x) and the feature: "global", "residual", "sum" or "literal" (see the table)
         inner=None,        # width of u and v; C // 4 unless told
         q=3.0,             # exponent of the region pooling, the same as the global pooling's

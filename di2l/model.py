@@ -70,7 +70,7 @@ def build_trunk(
     first.downsample[0].stride = (1, 1)
     return net
 
-# %% ../nbs/07_model.ipynb #47fdcaba
+# %% ../nbs/07_model.ipynb #6a05abdb
 class DI2L(nn.Module):
     "Fig. 1: two stems, one trunk, non-local blocks after stages 2 and 3, DPA after stage 4, BN neck, classifier."
     def __init__(self,
@@ -79,7 +79,7 @@ class DI2L(nn.Module):
         weights=None,         # "imagenet", or None for a random start
         dpa=True,             # part attention (Eq. 4); without it the feature is the pooled map
         non_local=True,       # pixel attention (Eq. 2–3)
-        parts=6,              # stripes of the part attention
+        parts=3,              # stripes of the part attention
         reading="global",     # reading of Eq. 4, see `04_dpa`
         gem=3.0,              # exponent of the pooling, 1 is the average
         retrieve="neck",      # retrieval feature: after the BN neck ("neck") or before it ("pool")
@@ -172,7 +172,7 @@ class Method:
     ):             # {term: scalar}; the loss is their sum
         raise NotImplementedError
 
-# %% ../nbs/07_model.ipynb #fb8ac0a4
+# %% ../nbs/07_model.ipynb #734e8d9b
 @dataclass(frozen=True)
 class DI2LMethod(Method):
     "The paper's method; every switch of its ablation is a field."
@@ -180,7 +180,7 @@ class DI2LMethod(Method):
     weights: str | None = "imagenet"  # start from "imagenet", or None for a random start
     dpa: bool = True               # part attention, Eq. 4
     non_local: bool = True         # pixel attention, Eq. 2–3
-    parts: int = 6                 # stripes of the part attention
+    parts: int = 3                 # stripes of the part attention
     reading: str = "global"        # reading of Eq. 4: global, residual, sum or literal
     gem: float = 3.0               # pooling exponent, 1 is the average
     retrieve: str = "neck"         # retrieval feature: after the BN neck, or before it ("pool")
