@@ -432,7 +432,7 @@ def paired(
     if both.empty: raise UserError(f"{name} and {other} have no record with the same seeds; `di2l_experiments make --only {name}` makes them")
     return (*interval(both[metric] - both[f"{metric}_other"]), len(both))
 
-# %% ../nbs/10_experiments.ipynb #7541f178
+# %% ../nbs/10_experiments.ipynb #9bff1f45
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito's, safe for colour-blind readers
 RIGHT, WRONG = "#009E73", "#D55E00"
 
@@ -440,7 +440,7 @@ def style():
     "One look for all figures: small, printable, colour-blind safe."
     import matplotlib.pyplot as plt, seaborn as sns
     sns.set_theme(context="paper", style="ticks", palette=list(COLOURS), rc={"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                  "figure.dpi": 90, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight", "svg.hashsalt": "di2l"})
+                  "figure.dpi": 90, "savefig.dpi": 110, "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight", "svg.hashsalt": "di2l"})
     return plt
 
 def save_figure(
