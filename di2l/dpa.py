@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['stripe_pool', 'DPA']
 
-# %% ../nbs/04_dpa.ipynb #6bb44ad1
+# %% ../nbs/04_dpa.ipynb #7770ffcf
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-# %% ../nbs/04_dpa.ipynb #626ed7f1
+from .datasets import UserError
+
+# %% ../nbs/04_dpa.ipynb #c2d2d00d
 def stripe_pool(
     x,        # map `(B,C,H,W)`, not negative (it comes out of a ReLU)
     parts=1,  # P, number of horizontal stripes; has to divide H
@@ -19,12 +20,12 @@ def stripe_pool(
     "Generalised mean over each of `parts` non-overlapping stripes; one part is global pooling."
     if x.shape[2] % parts:
         fits = [p for p in range(1, x.shape[2] + 1) if x.shape[2] % p == 0]
-        raise ValueError(f"{parts} parts do not divide a map of height {x.shape[2]} into equal stripes; take parts from {fits} or change the image height")
+        raise UserError(f"{parts} parts do not divide a map of height {x.shape[2]} into equal stripes; take parts from {fits} or change the image height")
     x = x if x.dtype == torch.float64 else x.float()
     if q == 1: return x.unflatten(2, (parts, -1)).mean((3, 4))
     return x.clamp(min=1e-6).pow(q).unflatten(2, (parts, -1)).mean((3, 4)).pow(1 / q)     # 1e-6^3 is still a float32
 
-# %% ../nbs/04_dpa.ipynb #18c29a4e
+# %% ../nbs/04_dpa.ipynb #24dc145f
 class DPA(nn.Module):
     "Eq. 4: attention between the stripes of a map, folded into its pooled feature."
     def __init__(self,
@@ -36,7 +37,7 @@ class DPA(nn.Module):
     ):
         super().__init__()
         if reading not in ("global", "residual", "sum", "literal"):
-            raise ValueError(f"reading {reading!r} of Eq. 4 is not one of 'global', 'residual', 'sum', 'literal'")
+            raise UserError(f"reading {reading!r} of Eq. 4 is not one of 'global', 'residual', 'sum', 'literal'")
         inner = inner or max(channels // 4, 1)
         self.parts, self.reading, self.q = parts, reading, q
         self.u, self.v = (nn.Conv1d(channels, inner, 1, bias=False) for _ in range(2))

@@ -61,10 +61,10 @@ GAMMA = {0.0: "dpa", 0.5: "gamma-0.5", 1.0: "gamma-1", 2.0: "di2l", 3.0: "gamma-
 for gamma, name in GAMMA.items():
     if name not in EXPERIMENTS: define(name, settings=dict(gamma=gamma))
 
-# %% ../nbs/10_experiments.ipynb #8246746b
+# %% ../nbs/10_experiments.ipynb #609d9974
 REGDB = dict(dataset="regdb")
 define("regdb-di2l", benchmark="regdb", settings=REGDB)
-define("regdb-baseline", benchmark="regdb", settings=dict(method="caj", **REGDB))
+define("regdb-baseline", benchmark="regdb", settings=dict(method="caj", **REGDB));
 
 # %% ../nbs/10_experiments.ipynb #fb62bd32
 CHOICES = dict(hold_out=True)
@@ -79,7 +79,7 @@ for rho in IMBALANCE:
     define(f"rho-{rho}-ce", knobs=dict(rho=rho), settings=dict(gamma=0.0))
     define(f"rho-{rho}-focal", knobs=dict(rho=rho))
 
-# %% ../nbs/10_experiments.ipynb #3df13990
+# %% ../nbs/10_experiments.ipynb #0b01d29a
 @dataclass(frozen=True)
 class FrozenStem(model.CAJMethod):
     "A control: the baseline whose infrared stem stays as it was drawn."
@@ -95,7 +95,7 @@ for rho in (0.25, 0.5, 0.95): define(f"bench-rho-{rho}", knobs=dict(rho=rho), se
 for nuisance in (0.5, 1.5, 2.0): define(f"bench-nuisance-{nuisance}", knobs=dict(nuisance=nuisance), settings=BASE)
 define("bench-shuffled", settings=BASE, control="shuffled")
 define("bench-silhouette", knobs=dict(silhouette=True), settings=BASE)
-define("bench-frozen-stem", settings=dict(method="frozen-stem"))
+define("bench-frozen-stem", settings=dict(method="frozen-stem"));
 
 # %% ../nbs/10_experiments.ipynb #bbe15719
 define("tiny", benchmark="tiny", settings=dict(steps=12, device="cpu", precision="fp32"))
