@@ -695,7 +695,7 @@ def describe(
                 dataset=dict(name=c.dataset, root=str(c.root), trial=c.trial, fingerprint=run.fingerprint), versions=versions(),
                 device=device, precision=run.precision, processes=run.world, steps=run.total)
 
-# %% ../nbs/08_train.ipynb #1f94c9be
+# %% ../nbs/08_train.ipynb #e1051347
 def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
@@ -729,6 +729,7 @@ def train(
         kept = [p.name for p in checkpoints(out / "checkpoints")]
         raise UserError(f"step {run.step}: {out} cannot be written ({e}); {f'{kept[-1]} is intact' if kept else 'there was no checkpoint yet'}. "
                         "Make room, then go on with --resume") from None
+    finally: torch.set_flush_denormal(False)                              # the processor's mode is the caller's again
 
 def _memory(device):
     "Most memory that this process has used, in MB: the GPU's, or the process's."

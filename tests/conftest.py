@@ -1,6 +1,8 @@
-"Shared by all tests: a deterministic hypothesis profile, and where the official SYSU-MM01 protocol files are."
+"Shared by all tests: one thread, a deterministic hypothesis profile, and where the official SYSU-MM01 protocol files are."
 import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: bits of runs are compared between processes, and sums depend on the number of threads
 
 import pytest
 from hypothesis import settings
@@ -17,3 +19,12 @@ def sysu_protocol_files():
     if not (folder / "rand_perm_cam.mat").exists():
         pytest.skip("SYSU-MM01's official rand_perm_cam.mat is not here; point DI2L_SYSU_PROTOCOL at its folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def ordinary_floats():
+    "Training flushes denormal numbers to zero; no test leaves the processor in that mode."
+    yield
+    import torch
+
+    torch.set_flush_denormal(False)

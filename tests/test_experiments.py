@@ -67,7 +67,7 @@ def test_stale_records_are_not_read(made, monkeypatch):
 def test_every_knob_changes_the_identity(name):
     e = X.EXPERIMENTS["di2l"]
     old = getattr(synthetic.PRESETS["default"], name)
-    new = not old if isinstance(old, bool) else (old + 1 if isinstance(old, int) else old * 0.9 + 0.01)
+    new = not old if isinstance(old, bool) else (old + 1 if isinstance(old, int) else old * 0.9 + 0.017)
     assert X.identity(replace(e, knobs={name: new}), 0, 0) != X.identity(e, 0, 0)
 
 
