@@ -25,6 +25,8 @@ help:
 reproduce: .venv/ready
 	$(BIN)/di2l_reproduce --data $(DATA) --runs $(RUNS)
 
+# several programs share the cores, and the bits of a run depend on the number of threads
+test: export OMP_NUM_THREADS := 1
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests/test_repository.py
 	$(BIN)/nbdev_test --n_workers 2 --timing
