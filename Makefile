@@ -8,7 +8,7 @@ RUNS ?= runs
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make reproduce   write the embedded benchmark, train DI2L on it, evaluate, draw (about a quarter of an hour on two cores)"
+	@echo "make reproduce   write the embedded benchmark, train DI2L on it, evaluate, draw (minutes on two cores)"
 	@echo "make test        export and cleanliness check, every notebook's cells, pytest"
 	@echo "make lab         JupyterLab on nbs/"
 	@echo "make figures     run every analysis notebook top to bottom; draws figures/ from results/"
