@@ -6,13 +6,13 @@
 __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'BASE', 'SEEDS5', 'SEEDS3', 'PLAN', 'SCORING',
            'INCIDENTAL', 'GALLERIES', 'ALL_SEARCH', 'COLOURS', 'RIGHT', 'WRONG', 'Experiment', 'define', 'FrozenStem',
            'benchmark', 'shuffled', 'configuration', 'identity', 'label', 'within', 'training_confidence', 'tidy',
-           'curve', 'score', 'record_path', 'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'run',
-           'chosen_queries', 'ranked_rows', 'both_directions', 'part_attention', 'write_gallery', 'read_gallery',
+           'curve', 'score', 'dump', 'record_path', 'recorded', 'experiment', 'write_whole', 'versions', 'trained',
+           'run', 'chosen_queries', 'ranked_rows', 'both_directions', 'part_attention', 'write_gallery', 'read_gallery',
            'results_frame', 'interval', 'paired', 'style', 'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc',
            'plan', 'status', 'make', 'reproduce', 'beside', 'readme_blocks', 'fill_readme', 'reproduce_main', 'main']
 
 # %% ../nbs/10_experiments.ipynb #b48fa4fe
-import hashlib, json, os, shutil, sys
+import hashlib, json, os, re, shutil, sys
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -69,15 +69,16 @@ define("regdb-baseline", benchmark="regdb", settings=dict(method="caj", **REGDB)
 # %% ../nbs/10_experiments.ipynb #fb62bd32
 CHOICES = dict(hold_out=True)
 define("choose-none", settings=dict(dpa=False, **CHOICES))
-for reading in ("literal", "sum", "residual", "global"):
-    for parts in (2, 3, 6):
-        define(f"choose-{reading}-{parts}", settings=dict(reading=reading, parts=parts, **CHOICES))
+for reading in ("literal", "sum", "residual", "global"): define(f"choose-{reading}-3", settings=dict(reading=reading, parts=3, **CHOICES))
+for parts in (2, 6): define(f"choose-global-{parts}", settings=dict(reading="global", parts=parts, **CHOICES))
+define("choose-pool", settings=dict(retrieve="pool", **CHOICES));   # retrieving with the feature before the neck
 
 # %% ../nbs/10_experiments.ipynb #e969c71e
-IMBALANCE = (0.5, 0.75, 0.95)
-for rho in IMBALANCE:
-    define(f"rho-{rho}-ce", knobs=dict(rho=rho), settings=dict(gamma=0.0))
-    define(f"rho-{rho}-focal", knobs=dict(rho=rho))
+IMBALANCE = {0.5: ("rho-0.5-ce", "rho-0.5-focal"), 0.85: ("dpa", "di2l"), 0.95: ("rho-0.95-ce", "rho-0.95-focal")}   # ρ: with cross-entropy, with focal loss
+for rho, (ce, focal) in IMBALANCE.items():
+    if rho != synthetic.Settings.rho:
+        define(ce, knobs=dict(rho=rho), settings=dict(gamma=0.0))
+        define(focal, knobs=dict(rho=rho))
 
 # %% ../nbs/10_experiments.ipynb #0b01d29a
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class FrozenStem(model.CAJMethod):
 model.METHODS["frozen-stem"] = FrozenStem
 BASE = dict(method="caj")
 define("bench-hard", benchmark="hard", settings=BASE)
-for rho in (0.25, 0.5, 0.95): define(f"bench-rho-{rho}", knobs=dict(rho=rho), settings=BASE)
+for rho in (0.25, 0.5, 0.7, 0.95): define(f"bench-rho-{rho}", knobs=dict(rho=rho), settings=BASE)
 for nuisance in (0.5, 1.5, 2.0): define(f"bench-nuisance-{nuisance}", knobs=dict(nuisance=nuisance), settings=BASE)
 define("bench-shuffled", settings=BASE, control="shuffled")
 define("bench-silhouette", knobs=dict(silhouette=True), settings=BASE)
@@ -104,9 +105,11 @@ SEEDS5, SEEDS3 = ([(d, s) for d in (0, 1) for s in range(n)] for n in (5, 3))
 PLAN = {                                       # which (data seed, training seed) pairs of which experiments `make results` makes
     **{name: SEEDS5 for name in TABLE2},
     **{name: SEEDS3 for name in GAMMA.values() if name not in TABLE2},
-    **{name: SEEDS3 for name in EXPERIMENTS if name.startswith(("regdb-", "choose-"))},
-    **{name: [(0, s) for s in range(3)] for name in EXPERIMENTS if name.startswith(("rho-", "bench-"))},
-    "bench-hard": SEEDS3, "tiny": [(0, 0)],
+    **{name: SEEDS3 for name in EXPERIMENTS if name.startswith("regdb-")},
+    **{name: [(0, s) for s in range(3)] for name in EXPERIMENTS if name.startswith("rho-")},
+    **{name: [(d, s) for d in (0, 1) for s in range(2)] for name in EXPERIMENTS if name.startswith("choose-")},
+    **{name: [(d, 0) for d in (0, 1)] for name in EXPERIMENTS if name.startswith("bench-")},
+    "tiny": [(0, 0)],
 }
 
 # %% ../nbs/10_experiments.ipynb #4803f7fc
@@ -233,6 +236,14 @@ def score(
                confidence=training_confidence(net, dataset, images, device), curve=curve(folder))
     return tidy(out), (net, dataset, images, features)
 
+def dump(
+    x,  # what JSON can hold
+):      # text
+    "JSON to read and to compare line by line: one line for each key, a list of numbers on a single one."
+    text = json.dumps(x, indent=1, ensure_ascii=False)
+    return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
+
+
 # %% ../nbs/10_experiments.ipynb #8231b13d
 def record_path(name, data_seed, seed, results="results"):
     "Where a record stands."
@@ -303,7 +314,7 @@ def run(
                   data=synthetic.fingerprint(c_root := about["config"]["root"])["content"] if not e.control else e.control, config=c, num_ids=about["num_ids"],
                   device=about["device"], precision=about["precision"], versions=versions(), seconds=round(summary["seconds"], 1), **outcome)
     if name in GALLERIES and (data_seed, seed) == (0, 0): write_gallery(name, record, *parts, results=results)
-    write_whole(record_path(name, data_seed, seed, results), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_whole(record_path(name, data_seed, seed, results), dump(record))
     if not keep: shutil.rmtree(folder)
     return record
 
@@ -607,7 +618,7 @@ def reproduce_main(
 ):
     "Write the embedded benchmark, train DI2L on it, evaluate it, draw."
     outcome = reproduce(data, runs)
-    if json: write_whole(json, _dump(outcome))
+    if json: write_whole(json, dump(outcome))
 
 @cli
 def main(
@@ -628,4 +639,4 @@ def main(
     print(table[[any(fnmatch(n, p) for p in only.split(",")) for n in table.experiment]].to_string(index=False))
     if failed: raise UserError(f"{len(failed)} runs failed: " + "; ".join(f"{n}: {e}" for n, e in failed))
 
-def _dump(x): return json.dumps(x, indent=1, ensure_ascii=False) + "\n"
+

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .datasets import UserError
-from .rca import augment, channel_augment, normalise
+from .rca import channel_augment, prepare
 from .non_local import NonLocal
 from .dpa import DPA, stripe_pool
 from .focal import FocalLoss
@@ -162,6 +162,7 @@ class Method:
         visible,         # `(B,3,H,W)` uint8
         infrared,        # `(B,3,H,W)` uint8
         generator=None,  # CPU `torch.Generator` for every draw
+        out=None,        # what `views` returned for an earlier batch that nobody needs any more: its memory may be used
     ):                   # the network's arguments: normalised float images by name
         raise NotImplementedError
 
@@ -199,10 +200,10 @@ class DI2LMethod(Method):
     def network(self, num_ids):
         return DI2L(num_ids, self.backbone, self.weights, self.dpa, self.non_local, self.parts, self.reading, self.gem, self.retrieve)
 
-    def views(self, visible, infrared, generator=None):
+    def views(self, visible, infrared, generator=None, out=None):
         if self.rca: visible = torch.cat([visible, channel_augment(visible, generator=generator)])
-        look = lambda images: normalise(augment(images, generator, self.flip, self.crop, self.erase, self.pad))
-        return dict(visible=look(visible), infrared=look(infrared))
+        look = lambda name, images: prepare(images, generator, self.flip, self.crop, self.erase, self.pad, out and out[name])
+        return dict(visible=look("visible", visible), infrared=look("infrared", infrared))
 
     def losses(self, features, logits, pids):
         if self.wrt_scale is not None: features = self.wrt_scale * F.normalize(features.float())

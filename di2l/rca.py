@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'channel_augment', 'random_flip', 'random_crop', 'random_erase', 'normalise',
-           'augment']
+           'augment', 'prepare']
 
 # %% ../nbs/02_rca.ipynb #e29846a8
+import numpy as np
 import torch
 
 # %% ../nbs/02_rca.ipynb #e397a508
@@ -47,11 +48,14 @@ def _gather(images, rows, cols):
     place = ((first + rows)[:, :, None] * W + cols[:, None, :]).reshape(-1)                # (B·H·W,)
     return images.permute(0, 2, 3, 1).reshape(-1, C).index_select(0, place).view(B, H, W, C).permute(0, 3, 1, 2)
 
+def _shifts(B, pad, p, generator):
+    "Pixels down and to the right from where each image is taken, `(2,B,1)`."
+    return torch.randint(-pad, pad + 1, (2, B, 1), generator=generator) * _coin(B, p, generator)[None, :, None]
+
 def _shifted(images, pad, p, generator):
     "Rows `(B,H)` and columns `(B,W)` that a random crop takes."
     B, _, H, W = images.shape
-    shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=generator) * _coin(B, p, generator)[None, :, None]
-    shift = shift.to(images.device)
+    shift = _shifts(B, pad, p, generator).to(images.device)
     rows = (torch.arange(H, device=images.device) + shift[0]).clamp(0, H - 1)          # (B,H)
     cols = (torch.arange(W, device=images.device) + shift[1]).clamp(0, W - 1)          # (B,W)
     return rows, cols
@@ -72,16 +76,20 @@ def _plane(values, images):
     "Three numbers as `(1,3,1,1)` on the images' device."
     return torch.tensor(values, device=images.device).view(1, 3, 1, 1)
 
-def _rectangles(images, p, generator, area=(0.02, 0.4), aspect=(0.3, 3.3)):
-    "Where each image is erased: a mask `(B,1,H,W)`."
-    B, _, H, W = images.shape
+def _boxes(B, H, W, p, generator, area=(0.02, 0.4), aspect=(0.3, 3.3)):
+    "Top, left, bottom and right of what is erased of each image, `(4,B)`; bottom is top where nothing is."
     heads, draw = _coin(B, p, generator), torch.rand(4, B, generator=generator)
     share = area[0] + (area[1] - area[0]) * draw[0]
     ratio = aspect[0] * (aspect[1] / aspect[0]) ** draw[1]
     h = (share * H * W * ratio).sqrt().round().clamp(1, H)
     w = (share * H * W / ratio).sqrt().round().clamp(1, W)
     top, left = (draw[2] * (H - h + 1)).floor(), (draw[3] * (W - w + 1)).floor()
-    top, left, bottom, right = (v[:, None].to(images.device) for v in (top, left, top + h * heads, left + w))
+    return torch.stack([top, left, top + h * heads, left + w])
+
+def _rectangles(images, p, generator, **shape):
+    "Where each image is erased: a mask `(B,1,H,W)`."
+    B, _, H, W = images.shape
+    top, left, bottom, right = _boxes(B, H, W, p, generator, **shape).to(images.device)[..., None]
     y, x = torch.arange(H, device=images.device), torch.arange(W, device=images.device)
     return ((y >= top) & (y < bottom))[:, None, :, None] & ((x >= left) & (x < right))[:, None, None, :]   # (B,1,H,W)
 
@@ -94,7 +102,7 @@ def random_erase(
     value=IMAGENET_MEAN,     # what is painted: 0 after normalisation
 ):                           # batch of the same shape
     "Paint one rectangle of each image in the mean colour."
-    return torch.where(_rectangles(images, p, generator, area, aspect), _plane(value, images), images)
+    return torch.where(_rectangles(images, p, generator, area=area, aspect=aspect), _plane(value, images), images)
 
 # %% ../nbs/02_rca.ipynb #5ee29834
 def normalise(
@@ -121,3 +129,39 @@ def augment(
     rows, cols = _shifted(images, pad, crop, generator)
     images = _gather(images, rows, torch.where(mirrored, images.shape[3] - 1 - cols, cols)).float().div_(255)
     return torch.where(_rectangles(images, erase, generator), _plane(IMAGENET_MEAN, images), images, out=images)
+
+# %% ../nbs/02_rca.ipynb #10c59521
+def _shift_into(out, image, dy, dx):
+    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; both `(H,W,3)`."
+    H, W = image.shape[:2]
+    dy, dx = min(max(dy, 1 - H), H - 1), min(max(dx, 1 - W), W - 1)
+    top, bottom, left, right = max(0, -dy), min(H, H - dy), max(0, -dx), min(W, W - dx)
+    out[top:bottom, left:right] = image[top + dy:bottom + dy, left + dx:right + dx]
+    edges = out.numpy()                                                     # the same memory; NumPy takes slices with less ado
+    if dx: edges[top:bottom, :left], edges[top:bottom, right:] = edges[top:bottom, left:left + 1], edges[top:bottom, right - 1:right]
+    if dy: edges[:top], edges[bottom:] = edges[top], edges[bottom - 1]
+
+def prepare(
+    images,          # batch `(B,3,H,W)`, uint8
+    generator=None,  # CPU `torch.Generator` for every draw
+    flip=0.5,        # probability of a flip
+    crop=0.5,        # probability of a shift
+    erase=0.5,       # probability of an erased rectangle
+    pad=10,          # largest shift in pixels
+    out=None,        # what `prepare` returned for an earlier batch of this shape, to be overwritten
+):                   # float batch `(B,3,H,W)`, normalised; channels last in memory
+    "`normalise(augment(images))`, to rounding; on a processor an image at a time."
+    if images.device.type != "cpu": return normalise(augment(images, generator, flip, crop, erase, pad))
+    B, C, H, W = images.shape
+    mirrored, shifts = _coin(B, flip, generator).tolist(), _shifts(B, pad, crop, generator)[..., 0].tolist()
+    boxes = _boxes(B, H, W, erase, generator).long().T.tolist()
+    mean, std = (torch.tensor(v).repeat(W) for v in (IMAGENET_MEAN, IMAGENET_STD))                        # a row of pixels, (W·C,)
+    scale, shift = 1 / (255 * std), -mean / std
+    if out is None or out.shape != images.shape: out = torch.from_numpy(np.empty((B, H, W, C), np.float32)).permute(0, 3, 1, 2)   # NumPy asks for large pages
+    one, pixels, arrays = torch.empty(H, W, C), images.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1).numpy()
+    rows = out.permute(0, 2, 3, 1).view(B, H, W * C)
+    for image, done, array, mirror, dy, dx, (top, left, bottom, right) in zip(pixels, rows, arrays, mirrored, *shifts, boxes):
+        _shift_into(one, image, dy, -dx if mirror else dx)                  # a flip turns the shift round
+        torch.addcmul(shift, (one.flip(1) if mirror else one).view(H, W * C), scale, out=done)
+        array[top:bottom, left:right] = 0
+    return out

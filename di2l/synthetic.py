@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from .datasets import UserError, progress
 
 # %% ../nbs/01_synthetic.ipynb #36def856
-VERSION = "4"  # of the generator: any change of the pixels raises it
+VERSION = "5"  # of the generator: any change of the pixels raises it
 
 @dataclass(frozen=True)
 class Settings:
@@ -44,7 +44,7 @@ class Settings:
     test_visible: int = 10        # images of a test identity in each visible camera that sees it (multi-shot needs 10)
     test_infrared: int = 5        # images of a test identity in each infrared camera that sees it
     missing: float = 0.12         # share of camera-identity pairs that do not exist
-    rho: float = 0.75             # correlation of near-infrared reflectance with visible luminance, over colours of cloth
+    rho: float = 0.85             # correlation of near-infrared reflectance with visible luminance, over colours of cloth; scales the sun on it in thermal
     ir_noise: float = 1.0         # noise of the infrared sensor, 1 = usual
     ir_resolution: float = 1.0    # resolution of the infrared sensor over that of the visible ones, 0.1 … 1
     heading: float = 63.0         # people face the camera within ± this many degrees; 180 = any way
@@ -58,8 +58,8 @@ PRESETS = {
     "tiny": Settings(identities=16, val_identities=4, test_identities=8, images=2, test_infrared=3),
     "default": Settings(),
     "hard": Settings(rho=0.5, heading=90.0, nuisance=1.4, occlusion=0.25, ir_noise=1.5, ir_resolution=0.7),
-    "regdb": Settings(layout="regdb", height=128, width=64, identities=120, val_identities=24, test_identities=120,
-                      images=10, test_infrared=10, heading=30.0, missing=0.0),
+    "regdb": Settings(layout="regdb", height=128, width=64, identities=206, val_identities=41, test_identities=206, images=10, test_infrared=10,
+                      missing=0.0, heading=15.0, nuisance=0.4, occlusion=0.0, ir_noise=0.5, ir_resolution=1.0),
 }
 
 # %% ../nbs/01_synthetic.ipynb #e0565235
@@ -144,7 +144,7 @@ class Person:
     wear: dict            # names of garments
     rgb: np.ndarray       # (2, SLOTS, 3) linear reflectance of the two colours of a pattern
     nir: np.ndarray       # (2, SLOTS) near-infrared reflectance
-    heat: np.ndarray      # (SLOTS,) surface temperature, °C
+    heat: np.ndarray      # (2, SLOTS) surface temperature, °C
     pattern: np.ndarray   # (SLOTS, 4) kind, period in metres, duty, phase
 
 # %% ../nbs/01_synthetic.ipynb #6358e278
@@ -210,7 +210,9 @@ def draw_person(
         if pattern[UPPER, 0] in (LOGO, BLOCK): pattern[SLEEVE, 0] = PLAIN
     heat = np.array([33, 29, 26.5, 27, 27, 28.5, 27.5, 25.5, 21.5]) + rng.uniform(-1.5, 1.5, SLOTS)
     heat[UPPER] = heat[SLEEVE] = dict(tee=29.5, shirt=28.5, vest=27, jacket=26, hoodie=26.5, coat=24.5)[wear["upper"]] + rng.uniform(-1, 1)
-    return Person(size, wear, rgb, nir, heat, pattern)
+    sun = 9 * rho * (0.5 - np.sqrt(rgb @ LUMINANCE))  # dark cloth is warmer in the sun
+    sun[:, [SKIN, HAIR]] = 0
+    return Person(size, wear, rgb, nir, heat + sun, pattern)
 
 # %% ../nbs/01_synthetic.ipynb #65745848
 KNOTS = np.linspace(0, 1, 65)
@@ -953,8 +955,7 @@ def see_thermal(
 ) -> np.ndarray:  # uint8 (h, w, 3), three equal channels
     "A thermal camera: the temperature of surfaces, coarse, no shading."
     n, skin = settings.nuisance, scene.surface
-    heat = np.concatenate([p.heat for p in scene.people])
-    table = np.stack([heat, heat])[..., None]
+    table = np.concatenate([p.heat for p in scene.people], 1)[..., None]
     if settings.silhouette: table = np.full_like(table, 28)
     back = np.ones(scene.backdrop.shape[:2] + (1,), np.float32)
     image = develop(scene, table, np.s_[5:6], np.ones((len(skin.pixels), 1), np.float32), back, 1)

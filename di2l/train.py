@@ -224,9 +224,10 @@ class Batches:
         device,    # `torch.device` of the batches
         rank=0,    # this process
         world=1,   # processes
+        reuse=False,  # write each batch over the one before it: clearing fresh memory takes as long as filling it
     ):
         if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple of {world}")
-        self.c, self.method, self.device, self.epoch = c, method, device, None
+        self.c, self.method, self.device, self.epoch, self.reuse, self.last = c, method, device, None, reuse, None
         self.sampler = datasets.IdentitySampler(dataset.train, c.ids, c.visible, c.infrared, seed=c.seed)
         if len(self.sampler) < c.accumulate: raise UserError(f"accumulate = {c.accumulate}, but an epoch has {len(self.sampler)} batches; take at most that")
         codes = datasets.class_labels(dataset.train)
@@ -258,7 +259,8 @@ class Batches:
     ):          # {"visible": float (B,3,H,W), "infrared": …} of this process, pids of the whole batch
         "Views and identities."
         visible, infrared = (rows[batch] for rows in self.rows(epoch))
-        views = self.method.views(self.images(visible), self.images(infrared), draws(self.c.seed, epoch, batch))
+        views = self.method.views(self.images(visible), self.images(infrared), draws(self.c.seed, epoch, batch), self.last)
+        if self.reuse: self.last = views
         if self.own: views = {k: views[k][own] for k, own in zip(("visible", "infrared"), self.own)}
         pids = torch.cat([self.labels[visible].repeat(self.method.copies), self.labels[infrared]])
         return {k: v.contiguous(memory_format=torch.channels_last) for k, v in views.items()}, pids
@@ -537,7 +539,7 @@ class Run:
         self.dataset = datasets.read_dataset(c.dataset, c.root, trial=c.trial)
         if c.hold_out: self.dataset = datasets.hold_out(self.dataset)
         with a.main_process_first(): cache = datasets.cache_images(self.dataset, size=c.size)
-        self.batches = Batches(c, self.method, self.dataset, cache, self.device, self.rank, self.world)
+        self.batches = Batches(c, self.method, self.dataset, cache, self.device, self.rank, self.world, reuse=True)
         self.per_epoch = len(self.batches.sampler) // c.accumulate
         self.total = c.steps or c.epochs * self.per_epoch
         self.fingerprint = fingerprint(self.dataset, cache)

@@ -158,15 +158,21 @@ def test_infrared_has_no_colour_and_visible_has():
         image = render(PRESETS["default"], 0, 1, cam, 1).astype(int)
         assert (np.ptp(image, axis=2).max() == 0) == cam.infrared
 
-def test_thermal_sees_warmth_and_no_pattern():
-    calm = replace(PRESETS["regdb"], nuisance=0.0, ir_noise=0.0, occlusion=0.0)
-    a = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
-    person = synthetic.draw_person(0, 1, calm.rho)
-    kept = person.pattern.copy()
-    try: person.pattern[:, 0] = synthetic.CHECKS; b = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
-    finally: person.pattern[:] = kept
-    assert np.array_equal(a, b)
-    assert person.heat[synthetic.SKIN] > person.heat[synthetic.UPPER] > person.heat[synthetic.BAG]
+def test_thermal_sees_warmth_and_a_pattern_by_the_sun_alone():
+    calm, same = replace(PRESETS["regdb"], nuisance=0.0, ir_noise=0.0, occlusion=0.0), {}
+    for rho in (0.0, calm.rho):
+        calm = replace(calm, rho=rho)
+        a = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
+        person = synthetic.draw_person(0, 1, rho)
+        kept = person.pattern.copy()
+        try: person.pattern[:, 0] = synthetic.CHECKS; b = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
+        finally: person.pattern[:] = kept
+        same[rho] = np.array_equal(a, b)
+    assert list(same.values()) == [True, False]
+    heat = synthetic.draw_person(0, 1, 0.0).heat                  # without the sun on it
+    assert (heat[:, synthetic.SKIN] > heat[:, synthetic.UPPER]).all() and (heat[:, synthetic.UPPER] > heat[:, synthetic.BAG]).all() and (heat[0] == heat[1]).all()
+    seen, sun = np.sqrt(person.rgb @ synthetic.LUMINANCE), person.heat - heat
+    assert np.corrcoef(seen[:, synthetic.HAT:].ravel(), sun[:, synthetic.HAT:].ravel())[0, 1] < -0.999 and not sun[:, :synthetic.HAT].any()
 
 def test_a_silhouette_hides_everything_but_the_outline():
     flat = replace(PRESETS["default"], silhouette=True, nuisance=0.0, occlusion=0.0, missing=0.0)
@@ -216,7 +222,7 @@ def test_the_same_again_is_left_alone(small):
 
 def test_another_configuration_is_never_overwritten(small):
     before = fingerprint(small)
-    with pytest.raises(UserError, match="rho=0.75 there, 0.5 wanted.*another folder or delete"): write_benchmark(small, **{**SMALL, "rho": 0.5})
+    with pytest.raises(UserError, match="rho=0.85 there, 0.5 wanted.*another folder or delete"): write_benchmark(small, **{**SMALL, "rho": 0.5})
     with pytest.raises(UserError, match="seed=0 there, 1 wanted"): write_benchmark(small, seed=1, **SMALL)
     assert fingerprint(small, deep=True) == before
 
