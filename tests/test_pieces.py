@@ -13,7 +13,7 @@ from di2l.dpa import DPA, stripe_pool
 from di2l.focal import FocalLoss
 from di2l.model import DI2L, METHODS, AGWMethod, CAJMethod, DI2LMethod, build_trunk
 from di2l.non_local import NonLocal
-from di2l.rca import IMAGENET_MEAN, IMAGENET_STD, augment, channel_augment, normalise, random_crop, random_erase, random_flip
+from di2l.rca import IMAGENET_MEAN, IMAGENET_STD, augment, channel_augment, normalise, prepare, random_crop, random_erase, random_flip
 from di2l.wrt import WRTLoss
 
 seeds = st.integers(0, 2**31)
@@ -325,3 +325,15 @@ def test_pretrained_weights_are_used(monkeypatch):
     net = DI2L(5, backbone="resnet18", weights="imagenet")
     assert torch.equal(net.visible_stem[0].weight, given_weights.conv1.weight) and torch.equal(net.infrared_stem[0].weight, given_weights.conv1.weight)
     assert torch.equal(net.stage3[0].conv1.weight, given_weights.layer3[0].conv1.weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 5), st.integers(2, 40), st.integers(2, 20), st.integers(0, 25), *[st.sampled_from([0.0, 0.5, 1.0])] * 3, st.integers(0, 2**31), st.booleans())
+def test_prepare_is_normalise_of_augment(B, H, W, pad, flip, crop, erase, seed, last):
+    "Image by image or all at once; channels last in memory or first; into fresh memory or into an earlier batch's."
+    images = torch.randint(256, (B, 3, H, W), dtype=torch.uint8, generator=generator(seed))
+    if last: images = images.contiguous(memory_format=torch.channels_last)
+    expected = normalise(augment(images, generator(seed), flip, crop, erase, pad))
+    fresh = prepare(images, generator(seed), flip, crop, erase, pad)
+    again = prepare(images, generator(seed), flip, crop, erase, pad, out=torch.full_like(fresh, float("nan")))
+    assert torch.equal(fresh, again) and torch.allclose(fresh, expected, atol=2e-6) and torch.equal(fresh == 0, expected == 0)
