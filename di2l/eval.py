@@ -327,7 +327,8 @@ def check_features(
     features = _array(features)
     if features.ndim != 2 or 0 in features.shape: raise UserError(f"{what} have shape {features.shape}, expected (images, dimensions), both at least 1")
     if features.dtype.kind not in "fiu": raise UserError(f"{what} are of type {features.dtype}, expected numbers")
-    bad = np.flatnonzero(~np.isfinite(features).all(1))
+    with np.errstate(over="ignore", invalid="ignore"): whole = np.isfinite(features.sum())        # one fast pass; rows only if need be
+    bad = () if whole else np.flatnonzero(~np.isfinite(features).all(1))
     if len(bad): raise UserError(f"{what}: {len(bad)} of {len(features)} rows hold NaN or infinite values (first rows: {', '.join(map(str, bad[:5]))}); they cannot be ranked, leave them out or make them again")
     return features
 
@@ -379,6 +380,7 @@ def _check_metric(
     widths = {name: x.shape[1] for name, x in tables.items()}
     if len(set(widths.values())) > 1: raise UserError(f"features differ in length: {widths}; they must come from the same network")
     for name, x in tables.items():
+        if metric == "euclidean" and x.dtype.itemsize <= 4: continue                              # float32 cannot overflow a float64 distance
         largest = np.abs(x).max(1)
         if float(largest.max()) > 1e100: raise UserError(f"{name} features reach {largest.max():.3g} in row {largest.argmax()}; distances would overflow, scale them down")
         if metric == "cosine" and not largest.all():
@@ -521,17 +523,27 @@ class _Full32:
     def __enter__(self): self.before = torch.get_float32_matmul_precision(); torch.set_float32_matmul_precision("highest")
     def __exit__(self, *error): torch.set_float32_matmul_precision(self.before)
 
-def _pairs(
-    scores,  # `(B,T)`, CPU or GPU
-    least,   # `(B,)`
-):           # rows, columns, scores of the entries at or above `least`, as arrays
-    "The few scores that are worth keeping."
-    if scores.device.type == "cpu":
-        scores = scores.numpy()
-        flat = np.flatnonzero(np.greater_equal(scores, least.numpy()[:, None]))
-        return *np.divmod(flat, scores.shape[1]), scores.ravel()[flat]
-    row, column = (scores >= least[:, None]).nonzero(as_tuple=True)
+def _worth(
+    q, g,   # rows of queries `(B,D)` and of a tile of the gallery `(T,D)`, CPU or GPU
+    kth,    # k-th best score of each query so far `(B,)`, −inf where there are not k
+    slack,  # `(B,)`
+    k,      # neighbours wanted
+):          # rows, columns and scores, arrays: those at most `slack` below the k-th best
+    "The few scores of a tile that are worth keeping."
+    if q.device.type == "cpu":                                                           # NumPy's product is the faster one; 256 queries' scores stay in the cache
+        q, g, scores = q.numpy(), g.numpy(), np.empty((256, len(g)), np.float32)
+        parts = [_worth_array(np.matmul(q[i:i + 256], g.T, out=scores[:len(q) - i]), kth[i:i + 256], slack[i:i + 256], k) for i in range(0, len(q), 256)]
+        return [np.concatenate(x) for x in zip(*((row + 256 * n, column, score) for n, (row, column, score) in enumerate(parts)))]
+    scores, kth, slack = q @ g.T, *(torch.from_numpy(x).to(q.device) for x in (kth, slack))
+    if not torch.isfinite(kth).all() and len(g) >= k: kth = torch.maximum(kth, scores.topk(k, dim=1).values[:, -1])
+    row, column = (scores >= (kth - slack)[:, None]).nonzero(as_tuple=True)
     return row.cpu().numpy(), column.cpu().numpy(), scores[row, column].cpu().numpy()
+
+def _worth_array(scores, kth, slack, k):
+    "The same of an array of scores."
+    if not np.isfinite(kth).all() and scores.shape[1] >= k: kth = np.maximum(kth, np.partition(scores, -k, axis=1)[:, -k])    # the first tile sets the mark
+    flat = np.flatnonzero(scores >= (kth - slack)[:, None])
+    return *np.divmod(flat, scores.shape[1]), scores.ravel()[flat]
 
 class _Best:
     "Candidates of one block of queries: all gallery rows that may be among the `k` nearest."
@@ -579,7 +591,7 @@ def _settle(
 ):            # distances `(B,k)`, and which candidates they belong to `(B,k)`
     "Order the candidates by their exact distances, ties by gallery row."
     exact, q = np.empty(len(best.row)), _Exact(query)
-    step = max(1, 2**15 // query.shape[1])                                               # what stays in the cache, and on one thread
+    step = max(1, 2**17 // query.shape[1])                                               # what stays in the cache
     for part in (slice(i, i + step) for i in range(0, len(exact), step)):
         exact[part] = q.pick(best.row[part]).distance_to(_Exact(gallery[best.column[part]]), metric)[:, 0]
     order = np.lexsort((best.column, exact, best.row))
@@ -614,7 +626,7 @@ def search(
 
 def _scan(q, length, queries, best, gallery, shift, metric, device, block, settle):
     "Run all queries over the gallery, tile by tile, and leave the candidates in `best`."
-    longest, buffer, D = 0.0, None, q.shape[1]
+    longest, D = 0.0, q.shape[1]
     for start in range(0, len(gallery), block):
         rows = check_features(gallery[start:start + block], f"gallery features from row {start}")
         _check_metric(metric, gallery=rows)
@@ -622,12 +634,7 @@ def _scan(q, length, queries, best, gallery, shift, metric, device, block, settl
         longest = max(longest, float(norms.max()))
         slack = (2 * 2.0**-24 * (D + 16) * (length + longest) * longest).cpu().numpy()   # what float32 can have rounded off, twice
         for b, one in zip(queries, best):
-            if buffer is None or buffer.shape != (one.n, len(g)): buffer = torch.empty(one.n, len(g), device=device)
-            scores = torch.mm(q[b], g.T, out=buffer)                                     # (B,T)
-            least = one.kth - slack[b]
-            if not np.isfinite(one.kth).all() and len(g) >= one.k:                       # the first tile sets the mark
-                least = np.maximum(least, scores.topk(one.k, dim=1).values[:, -1].cpu().numpy() - slack[b])
-            row, column, score = _pairs(scores, torch.from_numpy(least).to(device))
+            row, column, score = _worth(q[b], g, one.kth, slack[b], one.k)
             one.add(row, column + start, score)
             if one.fresh > one.n * one.k // 2 or start == 0: one.tighten(slack[b])
             if len(one.row) > 64 * one.n * one.k and start + block >= one.k: one.keep(settle(one, b))   # a crowd of ties: order them now
