@@ -1,4 +1,4 @@
-"""One training step beside the plain one, both sides in one run: `python benchmarks/train.py [--ids 8] [--repeat 3] [--threads N]` → results/benchmarks/train.json.
+"""One training step beside the plain one, both sides in one run: `python benchmarks/train.py [--ids 8] [--repeat 3] [--threads N] [--public FOLDER]` → results/benchmarks/train.json.
 
 The plain side is what the field's public code does, written from its description: three complete ResNet-50s of which two give their stem only, five
 one-channel non-local blocks, GeM, cross-entropy and the squared, clamped WRT, all in float32 in NCHW, stepped by an unfused SGD. The other side is
@@ -85,6 +85,28 @@ def plain(ids):
     return step
 
 
+def public(ids, folder):
+    "The step of the public code itself, from a checkout of mangye16/Cross-Modal-Re-ID-baseline: the folder ICCV21_CAJ. Random weights, no download."
+    sys.path.insert(0, str(folder))
+    import resnet
+    made = resnet.resnet50
+    resnet.resnet50 = lambda pretrained=False, **k: made(**k)
+    from loss import TripletLoss_ADP
+    from model import embed_net
+    torch.manual_seed(0)
+    net, triplet = embed_net(K).train(), TripletLoss_ADP(square=1)
+    heads = [*net.bottleneck.parameters(), *net.classifier.parameters()]
+    body = [p for p in net.parameters() if not any(p is h for h in heads)]
+    opt = torch.optim.SGD([dict(params=body, lr=0.01), dict(params=heads, lr=0.1)], weight_decay=5e-4, momentum=0.9, nesterov=True)
+    visible, infrared, pids = torch.randn(8 * ids, 3, *SIZE), torch.randn(4 * ids, 3, *SIZE), torch.arange(ids).repeat_interleave(4).repeat(3)
+    def step():
+        feature, logits = net(visible, infrared)
+        loss = F.cross_entropy(logits, pids) + triplet(feature, pids)[0]
+        opt.zero_grad(); loss.backward(); opt.step()
+        return loss.item()
+    return step
+
+
 # --- the engine's side, on images in memory
 
 def fake_data(identities, each, size):
@@ -164,12 +186,13 @@ def operators(step, top=12):
     return {k: round(t / whole, 3) for k, t in table[:top]}
 
 
-def step_section(ids, repeat, threads):
-    steps = {n: SIDES[n](ids) for n in ("plain", "engine", "fp32")}
+def step_section(ids, repeat, threads, caj=None):
+    steps = {n: SIDES[n](ids) for n in ("plain", "engine", "fp32")} | (dict(public=public(ids, caj)) if caj else {})
     took = interleaved(steps, repeat)
     work, peak = flops(steps["engine"]), matrix_peak()
-    out = dict(images=12 * ids, threads=threads, turns=max(repeat, 1), times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
+    out = dict(images=12 * ids, threads=threads, processor_has=dict(amx=torch.cpu._is_amx_tile_supported(), avx512_bf16=torch.cpu._is_avx512_bf16_supported()), turns=max(repeat, 1), times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
                tflop_a_step=round(work / 1e12, 2), share_of_bf16_matrix_peak=round(work / took["engine"] / peak, 2), operators=operators(steps["engine"]))
+    if caj: out["times_faster_than_public_caj"] = round(took["public"] / took["engine"], 2)
     del steps
     memory = {n: peak_memory(n, ids, threads) for n in ("plain", "engine", "checkpointing")}
     return dict(out, peak_memory_mb=memory, memory_of_engine_over_plain=round(memory["engine"] / memory["plain"], 2),
@@ -216,6 +239,7 @@ def main():
     p.add_argument("--ids", type=int, default=8, help="identities in a batch; each has 12 images")
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--threads", type=int, default=1, help="1: processor seconds are then the step's own, whatever else runs")
+    p.add_argument("--public", help="folder ICCV21_CAJ of the public code, to time its own step too")
     p.add_argument("--memory", choices=SIDES, help="print the peak memory of one side and leave")
     p.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "train.json", type=Path)
     p.add_argument("--only", nargs="*", default=["growth", "quick", "curve", "step"])
@@ -225,7 +249,7 @@ def main():
         step = SIDES[args.memory](args.ids)
         step(); step()
         return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-    sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads))
+    sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads, args.public))
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only:
         print(name, flush=True)
