@@ -78,10 +78,10 @@ def batch(top, rounds):
 
 def records(top, permutations):
     "Seconds to read the records of SYSU-MM01's full tree, and to verify it."
-    root = datasets.write_standin("sysu", top / "sysu", permutations, size=(16, 8))
+    root = datasets.write_standin("sysu", top / "sysu", permutations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return len(datasets.read_sysu(root).records), min(seconds(lambda: datasets.read_sysu(root)) for _ in range(3)), seconds(lambda: datasets.verify("sysu", root))
+        return root, len(datasets.read_sysu(root).records), min(seconds(lambda: datasets.read_sysu(root)) for _ in range(3)), seconds(lambda: datasets.verify("sysu", root))
 
 
 MEMORY = """
@@ -93,6 +93,39 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for start in range(0, len(cache) - 96, 96): cache[np.arange(start, start + 96)]
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
 """
+
+
+TRAINING = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+root, out = sys.argv[2:]
+if root == "-":
+    from train import engine
+    step = engine()
+    step(); step()
+else:
+    from di2l import train as T
+    T.train(T.config("paper-sysu", root=root, weights=None, device="cpu", steps=2), out, quiet=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+"""
+
+
+def training(top, root):
+    "Gigabytes at the peak of two steps of the preset `paper-sysu`: on a dataset on disk, checkpoint and all, and of the same steps on 64 images in memory."
+    datasets.cache_images(datasets.read_sysu(root), (288, 144))
+    def peak(*words): return float(subprocess.run([sys.executable, "-c", TRAINING, str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return peak(str(root), str(top / "run")), peak("-", "-")
+
+
+def evaluation(root, permutations):
+    "Seconds of the four protocols of ten trials each, from features in memory."
+    from di2l import eval as ev
+    data = datasets.read_sysu(root)
+    rng = np.random.default_rng(0)
+    pid = data.records.pid.to_numpy()
+    features = (rng.standard_normal((pid.max() + 1, 512))[pid] + 1.5 * rng.standard_normal((len(pid), 512))).astype(np.float32)
+    return {f"{p.about['mode']} {p.about['shots']}-shot, {len(p.query)} x {len(p.galleries[0])}": round(seconds(lambda: ev.evaluate_protocol(features, data.records, p)), 1)
+            for p in datasets.protocols(data, permutations=permutations)}
 
 
 def memory(top, n):
@@ -115,8 +148,10 @@ def main():
         top = Path(folder)
         found = {k: round(v, 1) for k, v in batch(top, 2 * a.rounds).items()}
         found["cache_build_over_decoding"] = round(cache_build(top, a.images, a.rounds), 2)
-        n, read, verified = records(top, a.permutations)
+        root, n, read, verified = records(top, a.permutations)
         added, size = memory(top, 20000)
+        found |= dict(zip(("training_peak_gigabytes", "same_steps_without_a_dataset_gigabytes"), (round(g, 2) for g in training(top, root))))
+        found["ten_trials_seconds"] = evaluation(root, a.permutations)
     found |= dict(sysu_records=n, sysu_records_seconds=round(read, 2), sysu_verify_seconds=round(verified, 1), reading_adds_gigabytes=round(added, 2), of_a_cache_of_gigabytes=round(size, 2))
     found |= dict(cores=os.cpu_count(), torch=torch.__version__, numpy=np.__version__)
     for name, value in found.items(): print(f"{name:28} {value}")

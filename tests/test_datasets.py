@@ -598,6 +598,30 @@ def test_true_scale_is_read_verified_and_laid_out(true_scale, capsys):
     assert len(IdentitySampler(data.train)) == 790
 
 
+def test_the_papers_preset_takes_its_first_steps_at_true_scale(true_scale, tmp_path):
+    "All of it but the size of the images and the download of weights."
+    from di2l import train
+    c = train.config("paper-sysu", root=str(true_scale), weights=None, size=(48, 16), steps=2, device="cpu")
+    out = train.train(c, tmp_path / "run", quiet=True)
+    about, log = json.loads((out / "config.json").read_text()), train.read_log(out)
+    assert about["num_ids"] == 395 and len(log) == 2 and np.isfinite(log.loss).all() and about["config"]["settings"]["backbone"] == "resnet50"
+    assert abs(log.focal[0] - np.log(395) * (1 - 1 / 395) ** 2) < 0.5                 # an untrained classifier of 395 identities
+
+
+def test_ten_trials_at_true_scale(true_scale):
+    "Features of one axis an identity are found without a mistake; drawn at random they are not."
+    from di2l.eval import evaluate_protocol
+    data = read("sysu", true_scale)
+    pid = data.records.pid.to_numpy()
+    told, noise = np.eye(pid.max() + 1, dtype=np.float32)[pid], np.random.default_rng(0).standard_normal((len(pid), 16)).astype(np.float32)
+    for p in protocols(data):
+        whole, chance = (evaluate_protocol(f, data.records, p) for f in (told, noise))
+        r, where = data.records, data.records.loc[p.galleries[0]].groupby("pid").cam.agg(set)
+        left = sum(bool(where.get(r.pid[q], set()) - ({2} if r.cam[q] == 3 else set())) for q in p.query)                  # queries with a match that is not skipped
+        assert len(whole.trials) == 10 and (whole.metrics.cmc[0], whole.metrics.mAP, whole.metrics.num_queries) == (1, 1, left)
+        assert chance.metrics.cmc[0] < 0.06
+
+
 def test_verify_names_one_lost_image_among_45863(true_scale, sysu_protocol_files):
     if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
     lost = sorted((true_scale / "cam5").glob("*/*.jpg"))[777]
