@@ -132,14 +132,13 @@ def augment(
 
 # %% ../nbs/02_rca.ipynb #10c59521
 def _shift_into(out, image, dy, dx):
-    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; both `(H,W,3)`."
+    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; arrays `(H,W,3)`."
     H, W = image.shape[:2]
     dy, dx = min(max(dy, 1 - H), H - 1), min(max(dx, 1 - W), W - 1)
     top, bottom, left, right = max(0, -dy), min(H, H - dy), max(0, -dx), min(W, W - dx)
     out[top:bottom, left:right] = image[top + dy:bottom + dy, left + dx:right + dx]
-    edges = out.numpy()                                                     # the same memory; NumPy takes slices with less ado
-    if dx: edges[top:bottom, :left], edges[top:bottom, right:] = edges[top:bottom, left:left + 1], edges[top:bottom, right - 1:right]
-    if dy: edges[:top], edges[bottom:] = edges[top], edges[bottom - 1]
+    if dx: out[top:bottom, :left], out[top:bottom, right:] = out[top:bottom, left:left + 1], out[top:bottom, right - 1:right]
+    if dy: out[:top], out[bottom:] = out[top], out[bottom - 1]
 
 def prepare(
     images,          # batch `(B,3,H,W)`, uint8
@@ -158,10 +157,11 @@ def prepare(
     mean, std = (torch.tensor(v).repeat(W) for v in (IMAGENET_MEAN, IMAGENET_STD))                        # a row of pixels, (W·C,)
     scale, shift = 1 / (255 * std), -mean / std
     if out is None or out.shape != images.shape: out = torch.from_numpy(np.empty((B, H, W, C), np.float32)).permute(0, 3, 1, 2)   # NumPy asks for large pages
-    one, pixels, arrays = torch.empty(H, W, C), images.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1).numpy()
-    rows = out.permute(0, 2, 3, 1).view(B, H, W * C)
-    for image, done, array, mirror, dy, dx, (top, left, bottom, right) in zip(pixels, rows, arrays, mirrored, *shifts, boxes):
-        _shift_into(one, image, dy, -dx if mirror else dx)                  # a flip turns the shift round
-        torch.addcmul(shift, (one.flip(1) if mirror else one).view(H, W * C), scale, out=done)
-        array[top:bottom, left:right] = 0
+    pixels, rows, one = images.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1).view(B, H, W * C), torch.empty(H, W, C)
+    whole, array, finished = one.view(H, W * C), one.numpy(), out.permute(0, 2, 3, 1).numpy()                   # the same memory
+    for b, (image, done, mirror, dy, dx, (top, left, bottom, right)) in enumerate(zip(pixels.unbind(), rows.unbind(), mirrored, *shifts, boxes)):
+        if dy or dx: _shift_into(array, image.numpy(), dy, -dx if mirror else dx)                               # a flip turns the shift round
+        else: one.copy_(image)
+        torch.addcmul(shift, one.flip(1).view(H, W * C) if mirror else whole, scale, out=done)
+        if bottom > top: finished[b, top:bottom, left:right] = 0
     return out
