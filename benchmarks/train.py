@@ -7,7 +7,6 @@ the file holds ratios and shares, since seconds depend on the machine."""
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -248,7 +247,7 @@ def main():
     if args.memory:
         step = SIDES[args.memory](args.ids)
         step(); step()
-        return print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+        return print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))     # ru_maxrss would begin at the parent's
     sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads, args.public))
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only:

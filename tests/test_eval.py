@@ -208,7 +208,7 @@ def test_metrics_in_blocks(device):
 # ---------------------------------------------------------------- FAISS
 
 def test_faiss_recall_save_load_shards(tmp_path):
-    faiss = pytest.importorskip("faiss", reason="FAISS is not installed (pip install 'di2l[search]')")
+    import faiss                                              # an option for users, at hand for developers
     faiss.omp_set_num_threads(1)
     rng = np.random.default_rng(5)
     centres = rng.normal(size=(20, 16))
@@ -227,6 +227,29 @@ def test_faiss_recall_save_load_shards(tmp_path):
     cosine = ev.faiss_index(x, "Flat", metric="cosine").search(ev._unit32(x[:50], "cosine"), 10)[1]
     assert ev.recall(cosine, ev.search(x[:50], x, 10, "cosine")[1]) == 1
     with pytest.raises(UserError, match="too few"): ev.faiss_index(x[:5], "IVF64,PQ8")
+
+
+SHARD = """
+import sys, faiss, numpy as np
+shard, queries, first, k, out = sys.argv[1:]
+found = faiss.read_index(shard).search(np.load(queries), int(k))
+np.savez(out, distance=found[0], row=found[1] + int(first))
+"""
+
+
+def test_faiss_shards_in_processes_of_their_own(tmp_path):
+    "Two processes, each with half of the gallery in a file; FAISS puts their answers together: what one exact search finds."
+    import faiss, subprocess
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(600, 16)).astype(np.float32)
+    np.save(tmp_path / "q.npy", x[:40])
+    together = faiss.ResultHeap(40, 5)
+    for first in (0, 300): faiss.write_index(ev.faiss_index(x[first:first + 300], "IVF4,Flat", probe=4), str(tmp_path / f"{first}.faiss"))
+    running = [subprocess.Popen([sys.executable, "-c", SHARD, *map(str, (tmp_path / f"{first}.faiss", tmp_path / "q.npy", first, 5, tmp_path / f"{first}.npz"))]) for first in (0, 300)]
+    assert [p.wait() for p in running] == [0, 0]
+    for first in (0, 300): part = np.load(tmp_path / f"{first}.npz"); together.add_result(part["distance"], part["row"])
+    together.finalize()
+    assert ev.recall(together.I, ev.search(x[:40], x, 5)[1]) == 1
 
 
 def test_faiss_missing_says_what_to_install(monkeypatch):
