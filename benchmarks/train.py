@@ -192,10 +192,13 @@ def step_section(ids, repeat, threads, caj=None):
     out = dict(images=12 * ids, threads=threads, processor_has=dict(amx=torch.cpu._is_amx_tile_supported(), avx512_bf16=torch.cpu._is_avx512_bf16_supported()), turns=max(repeat, 1), times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
                tflop_a_step=round(work / 1e12, 2), share_of_bf16_matrix_peak=round(work / took["engine"] / peak, 2), operators=operators(steps["engine"]))
     if caj: out["times_faster_than_public_caj"] = round(took["public"] / took["engine"], 2)
-    del steps
+    return out
+
+
+def memory_section(ids, threads):
+    "Peak memory of two steps, each side in a process of its own."
     memory = {n: peak_memory(n, ids, threads) for n in ("plain", "engine", "checkpointing")}
-    return dict(out, peak_memory_mb=memory, memory_of_engine_over_plain=round(memory["engine"] / memory["plain"], 2),
-                memory_of_checkpointing_over_plain=round(memory["checkpointing"] / memory["plain"], 2))
+    return dict(images=12 * ids, peak_memory_mb=memory, **{f"{n}_over_plain": round(memory[n] / memory["plain"], 2) for n in ("engine", "checkpointing")})
 
 
 def growth_section():
@@ -241,14 +244,15 @@ def main():
     p.add_argument("--public", help="folder ICCV21_CAJ of the public code, to time its own step too")
     p.add_argument("--memory", choices=SIDES, help="print the peak memory of one side and leave")
     p.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "train.json", type=Path)
-    p.add_argument("--only", nargs="*", default=["growth", "quick", "curve", "step"])
+    p.add_argument("--only", nargs="*", default=["growth", "quick", "curve", "step", "memory"])
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
         step = SIDES[args.memory](args.ids)
         step(); step()
         return print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))     # ru_maxrss would begin at the parent's
-    sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads, args.public))
+    sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads, args.public),
+                    memory=lambda: memory_section(args.ids, args.threads))
     result = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in args.only:
         print(name, flush=True)

@@ -629,13 +629,13 @@ def speed_block(results="results"):
     folder = Path(results) / "benchmarks"
     if not all((folder / f"{n}.json").exists() for n in ("datasets", "eval", "synthetic", "train")): return {}
     data, ranked, made, step = (json.loads((folder / f"{n}.json").read_text()) for n in ("datasets", "eval", "synthetic", "train"))
-    largest, step = ranked["search"]["galleries"][-1], step["step"]
+    largest = ranked["search"]["galleries"][-1]
     rows = {
         "metrics of SYSU-MM01's ten trials, over the usual loop over queries": f"{ranked['sysu']['times_faster_than_loop']:.0f}× faster, equal results",
         f"exact search, 3,803 queries × {largest['gallery']:,} features, over FAISS's exact index": f"{largest['faiss_time_over_ours']:.1f}× faster, {largest['memory_mb']:.0f} MB besides the features",
         "a batch of 96 images at 288×144, over the usual per-image pipeline": f"{data['batch_from_arrays_over_ours']:.0f}× faster from decoded images, {data['batch_from_files_over_ours']:.0f}× from files",
         "memory that training on all of SYSU-MM01 takes besides the network's": f"{1000 * max(0, data['training_peak_gigabytes'] - data['same_steps_without_a_dataset_gigabytes']):.0f} MB",
-        "a training step of the paper's preset on a processor, over CAJ's public code": f"{step['times_faster_than_public_caj']:.1f}× faster; {step['memory_of_checkpointing_over_plain']:.2f}× the memory with `--checkpointing`",
+        "a training step of the paper's preset on a processor, over CAJ's public code": f"{step['step']['times_faster_than_public_caj']:.1f}× faster, {step['memory']['engine_over_plain']:.1f}× the memory, {step['memory']['checkpointing_over_plain']:.1f}× with `--checkpointing`",
         f"writing the embedded benchmark ({made['written']['images']:,} images)": f"{made['written']['processor_seconds']:.0f} s of processor time, {made['written']['megabytes']:.0f} MB"}
     return dict(speed="\n".join(["| measured by the scripts in `benchmarks/`, both sides in one run on one thread | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]))
 
