@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'LONG', 'WHY', 'BASE', 'SEEDS5', 'SEEDS3', 'PLAN',
            'SCORING', 'INCIDENTAL', 'GALLERIES', 'ALL_SEARCH', 'COLOURS', 'RIGHT', 'WRONG', 'Experiment', 'define',
-           'FrozenStem', 'VisibleOnly', 'benchmark', 'shuffled', 'configuration', 'identity', 'label', 'within',
-           'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path', 'recorded', 'experiment',
+           'ScaledDPA', 'FrozenStem', 'VisibleOnly', 'benchmark', 'shuffled', 'configuration', 'identity', 'label',
+           'within', 'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path', 'recorded', 'experiment',
            'write_whole', 'versions', 'trained', 'run', 'chosen_queries', 'ranked_rows', 'both_directions',
            'part_attention', 'write_gallery', 'read_gallery', 'results_frame', 'interval', 'paired', 'style',
            'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'reproduce', 'beside',
@@ -73,6 +73,17 @@ define("choose-none", settings=dict(dpa=False, **CHOICES))
 for reading in ("literal", "sum", "residual", "global"): define(f"choose-{reading}-3", settings=dict(reading=reading, parts=3, **CHOICES))
 for parts in (2, 6): define(f"choose-global-{parts}", settings=dict(reading="global", parts=parts, **CHOICES))
 define("choose-pool", settings=dict(retrieve="pool", **CHOICES));   # retrieving with the feature before the neck
+
+@dataclass(frozen=True)
+class ScaledDPA(model.DI2LMethod):
+    "A question to Eq. 4: its exponents divided by √d, as dot-product attention usually has them, so that the softmax does not saturate."
+    def network(self, num_ids):
+        net = super().network(num_ids)
+        net.dpa.u.register_forward_hook(lambda module, inputs, out: out / out.shape[1] ** 0.5)
+        return net
+
+model.METHODS["scaled-dpa"] = ScaledDPA
+define("choose-scaled-3", settings=dict(method="scaled-dpa", **CHOICES));
 
 # %% ../nbs/10_experiments.ipynb #e969c71e
 IMBALANCE = {0.5: ("rho-0.5-ce", "rho-0.5-focal"), 0.85: ("dpa", "di2l"), 0.95: ("rho-0.95-ce", "rho-0.95-focal")}   # ρ: with cross-entropy, with focal loss
