@@ -534,6 +534,10 @@ def _worth(
         times = _products(g)
         parts = [_worth_array(times(q[i:i + 256]), kth[i:i + 256], slack[i:i + 256], k) for i in range(0, len(q), 256)]
         return [np.concatenate(x) for x in zip(*((row + 256 * n, column, score) for n, (row, column, score) in enumerate(parts)))]
+    return _worth_on_device(q, g, kth, slack, k)
+
+def _worth_on_device(q, g, kth, slack, k):
+    "The same, all queries at once, where the tensors are."
     scores, kth, slack = q @ g.T, *(torch.from_numpy(x).to(q.device) for x in (kth, slack))
     if not torch.isfinite(kth).all() and len(g) >= k: kth = torch.maximum(kth, scores.topk(k, dim=1).values[:, -1])
     row, column = (scores >= (kth - slack)[:, None]).nonzero(as_tuple=True)

@@ -205,6 +205,19 @@ def test_metrics_in_blocks(device):
     for block in (1, 7, 30, 99): assert ev.evaluate_features(q, g, *who, skip="sysu", device=device, block=block).to_json() == whole.to_json()
 
 
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("mkldnn", [True, False])
+def test_what_a_tile_keeps_is_the_same_on_every_path(monkeypatch, fresh, mkldnn):
+    "Processor (by oneDNN or NumPy, 256 queries at a time) and GPU (all at once, here with its tensors on the processor)."
+    q, g = (torch.randn(n, 9, generator=torch.Generator().manual_seed(n)) for n in (600, 80))
+    kth, slack = np.full(600, -np.inf if fresh else 2., np.float32), np.full(600, .5, np.float32)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
+    here, there = (sorted(zip(*(x.tolist() for x in f(q, g, kth, slack, 7)[:2]))) for f in (ev._worth, ev._worth_on_device))
+    scores = (q.double() @ g.double().T).numpy()
+    mark = np.sort(scores, 1)[:, -7] if fresh else kth
+    assert here == there == [tuple(x) for x in np.argwhere(scores >= (mark - slack)[:, None]).tolist()]
+
+
 # ---------------------------------------------------------------- FAISS
 
 def test_faiss_recall_save_load_shards(tmp_path):
