@@ -269,7 +269,6 @@ def dump(
     text = json.dumps(x, indent=1, ensure_ascii=False)
     return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
 
-
 # %% ../nbs/10_experiments.ipynb #8231b13d
 def record_path(name, data_seed, seed, results="results"):
     "Where a record stands."
@@ -653,7 +652,7 @@ def speed_block(results="results"):
         "memory that training on all of SYSU-MM01 takes besides the network's": f"{1000 * max(0, data['training_peak_gigabytes'] - data['same_steps_without_a_dataset_gigabytes']):.0f} MB",
         "a training step of the paper's preset on a processor, over CAJ's public code": f"{step['step']['times_faster_than_public_caj']:.1f}× faster, {step['memory']['engine_over_plain']:.1f}× the memory, {step['memory']['checkpointing_over_plain']:.1f}× with `--checkpointing`",
         f"writing the embedded benchmark ({made['written']['images']:,} images)": f"{made['written']['processor_seconds']:.0f} s of processor time, {made['written']['megabytes']:.0f} MB"}
-    return dict(speed="\n".join(["| measured by the scripts in `benchmarks/`, both sides in one run on one thread | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]))
+    return dict(speed="\n".join(["| measured by the scripts in `benchmarks/`, on one thread; a ratio has both sides in one run | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]))
 
 # %% ../nbs/10_experiments.ipynb #953a971c
 @cli
@@ -684,5 +683,3 @@ def main(
     if json: table.to_json(json, orient="records")
     print(table[[any(fnmatch(n, p) for p in only.split(",")) for n in table.experiment]].to_string(index=False))
     if failed: raise UserError(f"{len(failed)} runs failed: " + "; ".join(f"{n}: {e}" for n, e in failed))
-
-

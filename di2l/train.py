@@ -224,7 +224,7 @@ class Batches:
         device,    # `torch.device` of the batches
         rank=0,    # this process
         world=1,   # processes
-        reuse=False,  # write each batch over the one before it: clearing fresh memory takes as long as filling it
+        reuse=False,  # write each batch over the one before it: fresh memory has to be cleared first, which takes time
     ):
         if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple of {world}")
         self.c, self.method, self.device, self.epoch, self.reuse, self.last = c, method, device, None, reuse, None
