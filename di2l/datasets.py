@@ -495,19 +495,23 @@ class ImageCache:
     def __del__(self):
         if getattr(self, "file", None) is not None: os.close(self.file)
 
-    def __getitem__(
+    def __getitem__(self, rows): return self.read(rows)
+
+    def read(
         self, rows,  # row numbers of the records (B,)
+        out=None,  # what `read` returned for an earlier batch of this many rows, to be overwritten: fresh memory has to be cleared first
     ):  # uint8 tensor (B, 3, H, W), channels last in memory
         "A batch, read from the file rather than through the map: pages of a map count as memory of the process."
         import torch
         rows = np.atleast_1d(np.asarray(rows, np.int64))
         if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self): raise IndexError(f"rows {rows.min()}…{rows.max()} of {len(self)} images")
-        out = np.empty((len(rows), *self.images.shape[1:]), np.uint8)  # (B,H,W,3)
+        if out is None or len(out) != len(rows): out = torch.from_numpy(np.empty((len(rows), *self.images.shape[1:]), np.uint8)).permute(0, 3, 1, 2)
+        batch = out.permute(0, 2, 3, 1).numpy()  # (B,H,W,3), the same memory
         if hasattr(os, "preadv"):
             if self.file is None: self.file = os.open(self.path, os.O_RDONLY)
-            for image, row in zip(out, self.rows[rows]): os.preadv(self.file, [image], self.start + int(row) * self.bytes)
-        else: out[:] = self.images[rows]
-        return torch.from_numpy(out).permute(0, 3, 1, 2)  # (B,3,H,W)
+            for image, row in zip(batch, self.rows[rows].tolist()): os.preadv(self.file, [image], self.start + row * self.bytes)
+        else: batch[:] = self.images[rows]
+        return out
 
 # %% ../nbs/00_datasets.ipynb #1a921647
 def cache_folder(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'LONG', 'WHY', 'BASE', 'SEEDS5', 'SEEDS3', 'PLAN',
-           'SCORING', 'INCIDENTAL', 'GALLERIES', 'ALL_SEARCH', 'COLOURS', 'RIGHT', 'WRONG', 'Experiment', 'define',
-           'ScaledDPA', 'FrozenStem', 'VisibleOnly', 'benchmark', 'shuffled', 'configuration', 'identity', 'label',
-           'within', 'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path', 'recorded', 'experiment',
-           'write_whole', 'versions', 'trained', 'run', 'chosen_queries', 'ranked_rows', 'both_directions',
-           'part_attention', 'write_gallery', 'read_gallery', 'results_frame', 'interval', 'paired', 'style',
-           'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'reproduce', 'beside',
-           'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
+           'CONFIRM', 'SCORING', 'INCIDENTAL', 'GALLERIES', 'ALL_SEARCH', 'COLOURS', 'RIGHT', 'WRONG', 'Experiment',
+           'define', 'ScaledDPA', 'FrozenStem', 'VisibleOnly', 'benchmark', 'shuffled', 'configuration', 'identity',
+           'label', 'within', 'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path', 'recorded',
+           'experiment', 'write_whole', 'versions', 'trained', 'run', 'chosen_queries', 'ranked_rows',
+           'both_directions', 'part_attention', 'write_gallery', 'read_gallery', 'results_frame', 'interval', 'paired',
+           'style', 'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'reproduce',
+           'beside', 'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
 
 # %% ../nbs/10_experiments.ipynb #b48fa4fe
 import hashlib, json, os, re, shutil, sys
@@ -137,6 +137,7 @@ PLAN = {                                       # which (data seed, training seed
     **{name: [(d, 0) for d in (0, 1)] for name in EXPERIMENTS if name.startswith(("bench-", "long-", "hard-"))},
     "tiny": [(0, 0)],
 }
+CONFIRM = {name: [(d, s) for d in (2, 3) for s in range(3)] for name in ("baseline", "dpa", "di2l", "no-rca", "agw")}   # besides: data that no choice was made on
 
 # %% ../nbs/10_experiments.ipynb #4803f7fc
 def benchmark(
@@ -435,12 +436,13 @@ def results_frame(
     names,               # experiments
     results="results",   # folder of the records
     protocol=ALL_SEARCH, # which protocol's metrics
+    planned=PLAN,        # which of their runs: `PLAN` or `CONFIRM`
 ):                       # one row a record: name, data_seed, seed, rank-1, rank-10, rank-20, mAP, mINP (percent)
     "Metrics of all records of some experiments."
     import pandas as pd
     rows = []
     for name in names:
-        for d, s in PLAN.get(name, [(0, 0)]):
+        for d, s in planned.get(name, [(0, 0)]):
             r = recorded(name, d, s, results)
             if r:
                 m = r["metrics"][protocol]
@@ -540,13 +542,14 @@ def plan(
     missing=True,        # only those without a fresh record
 ):                       # [(name, data seed, training seed), …]
     "What `make results` would make."
-    rows = [(n, d, s) for n, pairs in PLAN.items() for d, s in pairs if any(fnmatch(n, p) for p in only.split(","))]
+    rows = [(n, d, s) for pairs in (PLAN, CONFIRM) for n in pairs for d, s in pairs[n] if any(fnmatch(n, p) for p in only.split(","))]
     return [r for r in rows if not missing or recorded(*r, results=results) is None]
 
 def status(results="results"):
     "A table: experiment, runs on record, runs planned."
     import pandas as pd
-    return pd.DataFrame([dict(experiment=n, recorded=sum(recorded(n, d, s, results) is not None for d, s in pairs), planned=len(pairs)) for n, pairs in PLAN.items()])
+    pairs = {n: PLAN[n] + CONFIRM.get(n, []) for n in PLAN}
+    return pd.DataFrame([dict(experiment=n, recorded=sum(recorded(n, d, s, results) is not None for d, s in p), planned=len(p)) for n, p in pairs.items()])
 
 def _worker(job):
     "One run in a worker process, silent."
@@ -648,7 +651,8 @@ def speed_block(results="results"):
     rows = {
         "metrics of SYSU-MM01's ten trials, over the usual loop over queries": f"{ranked['sysu']['times_faster_than_loop']:.0f}× faster, equal results",
         f"exact search, 3,803 queries × {largest['gallery']:,} features, over FAISS's exact index": f"{largest['faiss_time_over_ours']:.1f}× faster, {largest['memory_mb']:.0f} MB besides the features",
-        "a batch of 96 images at 288×144, over the usual per-image pipeline": f"{data['batch_from_arrays_over_ours']:.0f}× faster from decoded images, {data['batch_from_files_over_ours']:.0f}× from files",
+        "a batch of 96 images at 288×144, over the usual per-image pipeline": "{:.0f}× faster from decoded images ({:.0f} to {:.0f} over {processes} processes), ".format(*data["batch_from_arrays_over_ours"], processes=data["batch_processes"])
+            + "{:.0f}× from files ({:.0f} to {:.0f})".format(*data["batch_from_files_over_ours"]),
         "memory that training on all of SYSU-MM01 takes besides the network's": f"{1000 * max(0, data['training_peak_gigabytes'] - data['same_steps_without_a_dataset_gigabytes']):.0f} MB",
         "a training step of the paper's preset on a processor, over CAJ's public code": f"{step['step']['times_faster_than_public_caj']:.1f}× faster, {step['memory']['engine_over_plain']:.1f}× the memory, {step['memory']['checkpointing_over_plain']:.1f}× with `--checkpointing`",
         f"writing the embedded benchmark ({made['written']['images']:,} images)": f"{made['written']['processor_seconds']:.0f} s of processor time, {made['written']['megabytes']:.0f} MB"}

@@ -132,13 +132,16 @@ def augment(
 
 # %% ../nbs/02_rca.ipynb #10c59521
 def _shift_into(out, image, dy, dx):
-    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; arrays `(H,W,3)`."
-    H, W = image.shape[:2]
+    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; tensors `(H,W,3)`."
+    H, W, C = image.shape
     dy, dx = min(max(dy, 1 - H), H - 1), min(max(dx, 1 - W), W - 1)
-    top, bottom, left, right = max(0, -dy), min(H, H - dy), max(0, -dx), min(W, W - dx)
-    out[top:bottom, left:right] = image[top + dy:bottom + dy, left + dx:right + dx]
-    if dx: out[top:bottom, :left], out[top:bottom, right:] = out[top:bottom, left:left + 1], out[top:bottom, right - 1:right]
-    if dy: out[:top], out[bottom:] = out[top], out[bottom - 1]
+    by = (dy * W + dx) * C                                                                 # in memory, a shift is one step along the line of all pixels
+    out.view(-1)[max(0, -by):H * W * C - max(0, by)].copy_(image.view(-1)[max(0, by):H * W * C - max(0, -by)])
+    array, top, bottom, left, right = out.numpy(), max(0, -dy), min(H, H - dy), max(0, -dx), min(W, W - dx)
+    if left: array[:, :left] = array[:, left:left + 1]                                     # what came round the edge
+    if right < W: array[:, right:] = array[:, right - 1:right]
+    if top: array[:top] = array[top]
+    if bottom < H: array[bottom:] = array[bottom - 1]
 
 def prepare(
     images,          # batch `(B,3,H,W)`, uint8
@@ -157,11 +160,12 @@ def prepare(
     mean, std = (torch.tensor(v).repeat(W) for v in (IMAGENET_MEAN, IMAGENET_STD))                        # a row of pixels, (W·C,)
     scale, shift = 1 / (255 * std), -mean / std
     if out is None or out.shape != images.shape: out = torch.from_numpy(np.empty((B, H, W, C), np.float32)).permute(0, 3, 1, 2)   # NumPy asks for large pages
-    pixels, rows, one = images.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1).view(B, H, W * C), torch.empty(H, W, C)
-    whole, array, finished = one.view(H, W * C), one.numpy(), out.permute(0, 2, 3, 1).numpy()                   # the same memory
-    for b, (image, done, mirror, dy, dx, (top, left, bottom, right)) in enumerate(zip(pixels.unbind(), rows.unbind(), mirrored, *shifts, boxes)):
-        if dy or dx: _shift_into(array, image.numpy(), dy, -dx if mirror else dx)                               # a flip turns the shift round
+    pixels, finished, one = images.permute(0, 2, 3, 1).contiguous(), out.permute(0, 2, 3, 1), torch.empty(H, W, C)
+    whole, rows = one.view(H, W * C), finished.view(B, H, W * C).unbind()
+    for image, row, done, mirror, dy, dx, (top, left, bottom, right) in zip(pixels.unbind(), rows, finished.numpy(), mirrored, *shifts, boxes):
+        if mirror: image = image.flip(1)
+        if dy or dx: _shift_into(one, image, dy, dx)
         else: one.copy_(image)
-        torch.addcmul(shift, one.flip(1).view(H, W * C) if mirror else whole, scale, out=done)
-        if bottom > top: finished[b, top:bottom, left:right] = 0
+        torch.addcmul(shift, whole, scale, out=row)
+        if bottom > top: done[top:bottom, left:right] = 0
     return out

@@ -228,6 +228,7 @@ class Batches:
     ):
         if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple of {world}")
         self.c, self.method, self.device, self.epoch, self.reuse, self.last = c, method, device, None, reuse, None
+        self.raw = [None, None]
         self.sampler = datasets.IdentitySampler(dataset.train, c.ids, c.visible, c.infrared, seed=c.seed)
         if len(self.sampler) < c.accumulate: raise UserError(f"accumulate = {c.accumulate}, but an epoch has {len(self.sampler)} batches; take at most that")
         codes = datasets.class_labels(dataset.train)
@@ -238,11 +239,12 @@ class Batches:
         self.own, self.order = ([r.to(device) for r in own[rank]], order.to(device)) if world > 1 else (None, None)
 
     def _images(self, cache):
-        "Rows → images on the device; the cache itself moves there if it takes under a quarter of the GPU's free memory."
+        "(Rows, images of an earlier batch) → images on the device; the cache itself moves there if it takes under a quarter of the GPU's free memory."
+        if self.device.type == "cpu": return cache.read
         if self.device.type != "cuda" or cache.images.nbytes > torch.cuda.mem_get_info(self.device)[0] / 4:
-            return lambda rows: cache[rows.cpu().numpy()].to(self.device, non_blocking=True)
+            return lambda rows, last: cache[rows.cpu().numpy()].to(self.device, non_blocking=True)
         resident = torch.from_numpy(np.array(cache.images)).to(self.device).permute(0, 3, 1, 2)
-        return lambda rows: resident[rows]
+        return lambda rows, last: resident[rows]
 
     def rows(self,
         epoch,  # from 0
@@ -259,8 +261,9 @@ class Batches:
     ):          # {"visible": float (B,3,H,W), "infrared": …} of this process, pids of the whole batch
         "Views and identities."
         visible, infrared = (rows[batch] for rows in self.rows(epoch))
-        views = self.method.views(self.images(visible), self.images(infrared), draws(self.c.seed, epoch, batch), self.last)
-        if self.reuse: self.last = views
+        raw = [self.images(rows, last) for rows, last in zip((visible, infrared), self.raw)]
+        views = self.method.views(*raw, draws(self.c.seed, epoch, batch), self.last)
+        if self.reuse: self.raw, self.last = raw, views
         if self.own: views = {k: views[k][own] for k, own in zip(("visible", "infrared"), self.own)}
         pids = torch.cat([self.labels[visible].repeat(self.method.copies), self.labels[infrared]])
         return {k: v.contiguous(memory_format=torch.channels_last) for k, v in views.items()}, pids

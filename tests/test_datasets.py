@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, strategies as st
 from PIL import Image
 
@@ -307,6 +308,8 @@ def test_cache_holds_what_decoding_gives(bases, tmp_path):
             assert (image.permute(1, 2, 0).numpy() == read_image(bases[name] / data.records.path[row], (40, 24))).all()
             assert (cache.images[row] == image.permute(1, 2, 0).numpy()).all()
         with pytest.raises(IndexError): cache[[len(data.records)]]
+        again = cache.read([3, 2, 1, 0], out=batch)                           # into the memory of the batch before
+        assert again.data_ptr() == batch.data_ptr() and torch.equal(again, cache[[3, 2, 1, 0]]) and len(cache.read([5], out=batch)) == 1
 
 
 def test_held_out_data_and_other_trials_use_the_same_file(bases, tmp_path):

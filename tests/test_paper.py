@@ -101,8 +101,8 @@ def run_notebook(tmp_path_factory):
         root, back = tmp_path_factory.mktemp(name), Path.cwd()
         (root / "nbs").mkdir(); (root / "results" / "runs").mkdir(parents=True); (root / "figures").mkdir()
         (root / "results" / "paper").symlink_to(PAPER)
-        for n, pairs in (experiments.PLAN.items() if records else ()):
-            for d, s in pairs:
+        for planned in (experiments.PLAN, experiments.CONFIRM) if records else ():
+            for n, d, s in ((n, d, s) for n, pairs in planned.items() for d, s in pairs):
                 experiments.record_path(n, d, s, root / "results").write_text(json.dumps(fake_record(n, d, s)), encoding="utf-8")
         cells = [c.source for c in nbformat.read(REPO / "nbs" / f"{name}.ipynb", 4).cells if c.cell_type == "code"]
         space, old = dict(display=display, __name__="__main__", **given), os.environ.pop("DI2L_DATA", None)

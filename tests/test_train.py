@@ -342,6 +342,17 @@ def test_shares_are_the_samplers_and_disjoint(small):
     with pytest.raises(UserError, match="ids = 4 cannot be shared by 3"): T.Batches(run.c, run.method, run.dataset, None, run.device, 0, 3)
 
 
+def test_batches_in_an_earlier_batchs_memory_are_those_in_fresh_memory(small):
+    run = T.Run(small(), "unused")
+    fresh, again = (T.Batches(run.c, run.method, run.dataset, run.batches.images.__self__, run.device, reuse=r) for r in (False, True))
+    places = set()
+    for batch in range(3):
+        (a, _), (b, _) = fresh(0, batch), again(0, batch)
+        assert all(torch.equal(a[k], b[k]) for k in a)
+        places.add((again.raw[0].data_ptr(), again.last["visible"].data_ptr()))
+    assert len(places) == 1 and fresh.last is None
+
+
 # --- what the options do
 
 CHANGES = [dict(optimiser="sgd"), dict(lr=1e-3), dict(head_lr=3), dict(weight_decay=0.5), dict(schedule="steps"), dict(warmup=0.5), dict(clip=0.01), dict(seed=3),
