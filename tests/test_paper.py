@@ -79,7 +79,7 @@ def fake_record(name, data_seed, seed):
     "A record that says what is easily predicted: focal loss gains 2 points over CE, DPA 3 over the baseline, seeds differ by 1."
     from di2l import experiments
     level = 60 + 5 * data_seed + seed + 3 * (name == "dpa") + 5 * (name == "di2l") - 4 * (name == "agw")
-    if name.startswith("rho-"): level = 50 + 20 * float(name.split("-")[1]) + seed + 2 * name.endswith("focal") + 0.1 * seed * name.endswith("focal")
+    if name.startswith(("rho-", "sensor-")): level = 50 + 20 * float(name.split("-")[1]) + seed + 2 * name.endswith("focal") + 0.1 * seed * name.endswith("focal")
     metrics = lambda x: {k: (x + d) / 100 for k, d in dict(rank1=0, rank10=10, rank20=15, mAP=-5, mINP=-20).items()}
     shots = {f"infrared→visible {m} {s}-shot": metrics(level + 4 * (s == "multi")) for m in ("all", "indoor") for s in ("single", "multi")}
     both = {f"{d} all": metrics(level) for d in ("infrared→visible", "visible→infrared")}
@@ -233,9 +233,10 @@ def test_flops_agree_with_a_count_by_hand(claims):
 
 def test_hypothesis_from_known_records(claims):
     space, root = claims
-    tested = space["tested"].set_index(["statement", "rho"])
+    tested = space["tested"].set_index(["statement", "dial", "level"])
     focal = tested.loc["focal loss raises infrared→visible"]
-    assert len(focal) == 3 and focal["mean"].to_numpy() == pytest.approx([2.1, 2.0, 2.1])     # the default's level is told by dpa and di2l
+    assert focal["mean"]["ρ"].to_dict() == pytest.approx({0.5: 2.1, 0.85: 2.0, 0.95: 2.1})     # the default's level is told by dpa and di2l
+    assert focal["mean"]["infrared resolution"].to_dict() == pytest.approx({0.25: 2.1, 0.5: 2.1, 1.0: 2.0})
     assert set(focal.answer) == {"yes"} and set(focal.pairs) == {3}
     gap = tested.loc["focal loss narrows that gap"]
     assert gap["mean"].to_numpy() == pytest.approx(2.0)
