@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= data
 RUNS ?= runs
+WORKERS ?= 2
 
 .PHONY: reproduce test lab figures results notebooks clean
 .DEFAULT_GOAL := help
@@ -22,6 +23,8 @@ help:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+# as many threads as the recorded runs had: sums, and so bits, depend on it
+reproduce results: export OMP_NUM_THREADS := 1
 reproduce: .venv/ready
 	$(BIN)/di2l_reproduce --data $(DATA) --runs $(RUNS)
 
@@ -40,7 +43,7 @@ figures: .venv/ready
 	$(BIN)/nbdev_clean
 
 results: .venv/ready
-	$(BIN)/di2l_experiments make --data $(DATA) --runs $(RUNS)
+	$(BIN)/di2l_experiments make --workers $(WORKERS) --data $(DATA) --runs $(RUNS)
 
 notebooks: .venv/ready
 	$(BIN)/jupyter execute --inplace --timeout 3600 nbs/[0-9]*.ipynb

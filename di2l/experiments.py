@@ -235,7 +235,10 @@ def training_confidence(
     return out
 
 # %% ../nbs/10_experiments.ipynb #79de37aa
-def tidy(x, digits=6):
+def tidy(
+    x,         # numbers in dicts and lists
+    digits=6,  # after the point
+):             # the same, of Python's own types
     "Numbers rounded for a record, at any depth."
     if isinstance(x, dict): return {k: tidy(v, digits) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [tidy(v, digits) for v in x]
@@ -267,7 +270,7 @@ def score(
     modal = {m: within(features, dataset.records, m) for m in ("visible", "infrared")}
     ids = int(dataset.test.pid.nunique())
     out = dict(metrics={label(r.about): dict(r.to_dict(), identities=ids) for r in results}, within={m: v.row() for m, v in modal.items() if v},
-               confidence=training_confidence(net, dataset, images, device), curve=curve(folder))
+               confidence=training_confidence(net, dataset, images, device) if hasattr(net, "embed") else None, curve=curve(folder))
     return tidy(out), (net, dataset, images, features)
 
 def dump(
@@ -278,7 +281,12 @@ def dump(
     return re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda m: "[" + " ".join(m[1].split()) + "]", text) + "\n"
 
 # %% ../nbs/10_experiments.ipynb #8231b13d
-def record_path(name, data_seed, seed, results="results"):
+def record_path(
+    name,               # of an experiment
+    data_seed,          # seed of the benchmark
+    seed,               # training seed
+    results="results",  # folder of the records
+):                      # path of its JSON file
     "Where a record stands."
     return Path(results) / "runs" / f"{name}-d{data_seed}-s{seed}.json"
 
@@ -294,15 +302,20 @@ def recorded(
     record = json.loads(path.read_text(encoding="utf-8"))
     return record if record["identity"] == identity(experiment(name), data_seed, seed) else None
 
-def experiment(name):
-    "The experiment of that name."
+def experiment(
+    name,  # in `EXPERIMENTS`
+):         # `Experiment`
+    "The experiment of that name; a `UserError` suggests the nearest."
     if name not in EXPERIMENTS:
         import difflib
         near = difflib.get_close_matches(name, EXPERIMENTS, 1)
         raise UserError(f"no experiment {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(EXPERIMENTS)}"))
     return EXPERIMENTS[name]
 
-def write_whole(path, text):
+def write_whole(
+    path,  # of the file; folders are made
+    text,  # its content
+):
     "Write a file so that it is there whole or not at all."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + f".{os.getpid()}.tmp")
@@ -369,7 +382,13 @@ def chosen_queries(
                 out[kind].append(int(i)); seen.add(pids[i])
     return out
 
-def ranked_rows(features, records, protocol, positions, top):
+def ranked_rows(
+    features,   # `(N,D)`, aligned with `records`
+    records,    # the dataset's records
+    protocol,   # its first trial's gallery is searched
+    positions,  # which of its queries
+    top,        # images wanted
+):              # rows `(Q,top)`, distances `(Q,top)`
     "For each of some queries: its first `top` gallery rows of the first trial, their distances, skipped images left out."
     rows, rule = np.asarray(protocol.galleries[0]), evaluation.skip_rule(protocol.skip)
     pid, cam, q = records.pid.to_numpy(), records.cam.to_numpy(), np.asarray(protocol.query)[positions]
@@ -378,7 +397,9 @@ def ranked_rows(features, records, protocol, positions, top):
     order = np.argsort(dist, axis=1, kind="stable")[:, :top]
     return rows[order], np.take_along_axis(dist, order, 1)
 
-def both_directions(dataset):
+def both_directions(
+    dataset,  # `Dataset`
+):            # two protocols
     "All-search, single-shot, infrared→visible and visible→infrared."
     maker = dict(sysu=datasets.sysu_protocol, regdb=datasets.regdb_protocol, llcm=datasets.llcm_protocol)[dataset.name]
     return [maker(dataset.records, direction=d) for d in ("infrared→visible", "visible→infrared")]
@@ -399,7 +420,16 @@ def part_attention(
     net.dpa.keep_attention = False
     return torch.stack(out)
 
-def write_gallery(name, record, net, dataset, images, features, results="results", top=10):
+def write_gallery(
+    name,               # of the files
+    record,             # of the run; its identity goes along
+    net,                # trained network
+    dataset,            # `Dataset`
+    images,             # `ImageCache`
+    features,           # `(N,D)`, aligned with the records
+    results="results",  # folder of the records
+    top=10,             # images a query
+):
     "Queries, ranks, thumbnails and part attention, as `results/galleries/NAME.json` and `.png`."
     from PIL import Image
     records, rows, kinds = dataset.records, [], {}
@@ -524,7 +554,9 @@ def draw_grid(
     for k, ax in enumerate(np.atleast_2d(axes)[0]): ax.set_title("query" if k == 0 else str(k), fontsize=7, pad=3)
     return fig
 
-def draw_curves(record):
+def draw_curves(
+    record,  # of a run
+):           # matplotlib figure
     "Loss terms and accuracy over a recorded training run."
     plt = style(); c = record["curve"]
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.4))
@@ -535,7 +567,9 @@ def draw_curves(record):
     fig.tight_layout()
     return fig
 
-def draw_cmc(record):
+def draw_cmc(
+    record,  # of a run
+):           # matplotlib figure
     "CMC curves of every protocol of a record."
     plt = style(); fig, ax = plt.subplots(figsize=(4.2, 2.8))
     for name, m in record["metrics"].items(): ax.plot(range(1, 1 + len(m["cmc"])), 100 * np.array(m["cmc"]), marker=".", label=f"{name} (mAP {100 * m['mAP']:.1f})")
@@ -552,15 +586,17 @@ def plan(
     rows = [(n, d, s) for pairs in (PLAN, CONFIRM) for n in pairs for d, s in pairs[n] if any(fnmatch(n, p) for p in only.split(","))]
     return [r for r in rows if not missing or recorded(*r, results=results) is None]
 
-def status(results="results"):
-    "A table: experiment, runs on record, runs planned."
+def status(
+    results="results",  # folder of the records
+):                      # table: experiment, runs on record, runs planned
+    "What is on record of what is planned."
     import pandas as pd
     pairs = {n: PLAN[n] + CONFIRM.get(n, []) for n in PLAN}
     return pd.DataFrame([dict(experiment=n, recorded=sum(recorded(n, d, s, results) is not None for d, s in p), planned=len(p)) for n, p in pairs.items()])
 
 def _worker(job):
     "One run in a worker process, silent."
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // job.pop("workers")))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // job.pop("workers"))))
     sys.stderr = open(os.devnull, "w")
     try: run(**job)
     except Exception as e: return job["name"], f"{type(e).__name__}: {e}"
@@ -608,7 +644,10 @@ def reproduce(
     print(f"figures: {', '.join(f'{figures}/{n}.png' for n in plots)}\nrun: {folder}")
     return outcome
 
-def beside(outcome, record):
+def beside(
+    outcome,  # record of a run made now
+    record,   # the one in `results/`, or None
+):            # text
     "A table of what was measured now and what is on record, in percent."
     import pandas as pd
     ks = ("rank1", "rank10", "rank20", "mAP", "mINP")
@@ -617,14 +656,16 @@ def beside(outcome, record):
     return pd.DataFrame(rows).to_string(index=False)
 
 # %% ../nbs/10_experiments.ipynb #52e96952
-def readme_blocks(results="results"):
-    "What stands in the README between `<!-- name -->` and `<!-- /name -->`, from records: {name: markdown}."
+def readme_blocks(
+    results="results",  # folder of the records
+):                      # {name: markdown}
+    "What stands in the README between `<!-- name -->` and `<!-- /name -->`, from records."
     r, blocks = recorded("di2l", results=results), {}
     if r:
         lines = ["| protocol, ten trials | rank-1 | rank-10 | rank-20 | mAP | mINP |", "|---|---|---|---|---|---|"]
         lines += [f"| {p} | " + " | ".join(f"{100 * m[k]:.1f}" for k in ("rank1", "rank10", "rank20", "mAP", "mINP")) + " |" for p, m in r["metrics"].items()]
         chance = 100 / r["metrics"][ALL_SEARCH]["identities"]
-        blocks["reproduce"] = "\n".join([f"What `make reproduce` printed in the recorded run (percent; {r['device']}, {r['precision']}, {r['seconds']:.0f} s of training; a random guess finds the right one first in about {chance:.1f} %):", "", *lines])
+        blocks["reproduce"] = "\n".join([f"What `make reproduce` trains and scores, as recorded (percent; {r['device'].replace('1 threads', '1 thread')}, {r['precision']}; other hardware or another number of threads rounds differently, and differs as two seeds do; a random guess finds the right one first in about {chance:.1f} %):", "", *lines])
     frame = results_frame(TABLE2, results)
     full = frame[frame.name.isin(["baseline", "dpa", "di2l"])]
     if len(full) and full.groupby("name").size().reindex(["baseline", "dpa", "di2l"]).min() > 1:
@@ -652,8 +693,10 @@ def fill_readme(
     def block(m): return f"<!-- {m[1]} -->\n{blocks.get(m[1], 'Not on record yet: `make results` makes it.')}\n<!-- /{m[1]} -->"
     return re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", block, text, flags=re.S)
 
-def speed_block(results="results"):
-    "What the scripts in `benchmarks/` measured, as a table: {\"speed\": markdown}, or nothing where a record is missing."
+def speed_block(
+    results="results",  # folder of the records
+):                      # {"speed": markdown}, or nothing where a record is missing
+    "What the scripts in `benchmarks/` measured, as a table."
     folder = Path(results) / "benchmarks"
     if not all((folder / f"{n}.json").exists() for n in ("datasets", "eval", "synthetic", "train")): return {}
     data, ranked, made, step = (json.loads((folder / f"{n}.json").read_text()) for n in ("datasets", "eval", "synthetic", "train"))
@@ -663,8 +706,9 @@ def speed_block(results="results"):
         f"exact search, 3,803 queries × {largest['gallery']:,} features, over FAISS's exact index": f"{largest['faiss_time_over_ours']:.1f}× faster, {largest['memory_mb']:.0f} MB besides the features",
         "a batch of 96 images at 288×144, over the usual per-image pipeline": "{:.0f}× faster from decoded images ({:.0f} to {:.0f} over {processes} processes), ".format(*data["batch_from_arrays_over_ours"], processes=data["batch_processes"])
             + "{:.0f}× from files ({:.0f} to {:.0f})".format(*data["batch_from_files_over_ours"]),
-        "memory that training on all of SYSU-MM01 takes besides the network's": f"{1000 * max(0, data['training_peak_gigabytes'] - data['same_steps_without_a_dataset_gigabytes']):.0f} MB",
-        "a training step of the paper's preset on a processor, over CAJ's public code": f"{step['step']['times_faster_than_public_caj']:.1f}× faster, {step['memory']['engine_over_plain']:.1f}× the memory, {step['memory']['checkpointing_over_plain']:.1f}× with `--checkpointing`",
+        "memory that two training steps on a stand-in of SYSU-MM01's size take besides the same steps on images in memory": f"{1000 * max(0, data['training_peak_gigabytes'] - data['same_steps_without_a_dataset_gigabytes']):.0f} MB",
+        "a training step of the paper's preset on a processor, over CAJ's public code": f"{step['step']['times_faster_than_public_caj']:.1f}× faster",
+        "its memory, over the plain step's in float32": f"{step['memory']['engine_over_plain']:.1f}×, with `--checkpointing` {step['memory']['checkpointing_over_plain']:.1f}×",
         f"writing the embedded benchmark ({made['written']['images']:,} images)": f"{made['written']['processor_seconds']:.0f} s of processor time, {made['written']['megabytes']:.0f} MB"}
     return dict(speed="\n".join(["| measured by the scripts in `benchmarks/`, on one thread; a ratio has both sides in one run | |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items())]))
 

@@ -131,7 +131,7 @@ def near_infrared(
     rho: float,                 # correlation wanted with visible luminance
     rng: np.random.Generator,   # source of the part that luminance does not explain
 ) -> float:  # reflectance in near infrared
-    "Near-infrared reflectance of a dyed cloth: ρ of it from luminance, the rest its own."
+    "Near-infrared reflectance of a dyed cloth: correlated with its luminance by ρ, the rest its own."
     seen = (tone(rgb) - 0.50) / 0.22
     score = rho * seen + math.sqrt(1 - rho * rho) * rng.standard_normal()
     return min(max(0.60 + 0.20 * score, 0.15), 0.97) ** 2
