@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['MODALITIES', 'ENDINGS', 'COLUMNS', 'SYSU_CAMERAS', 'MAX_PIXELS', 'MIN_SIDE', 'AGAIN', 'CACHE_VERSION', 'DIRECTIONS',
-           'SYSU_TOTALS', 'ALONE', 'LLCM_TOTALS', 'VARIANTS', 'JUNK', 'ENDS', 'UserError', 'cli', 'progress', 'Dataset',
-           'complain', 'is_image', 'listing', 'read_text', 'read_ids', 'dataset_root', 'read_sysu', 'read_list',
-           'read_regdb', 'read_llcm', 'read_dataset', 'hold_out', 'class_labels', 'read_bytes', 'decode', 'read_image',
-           'in_parallel', 'Rows', 'ImageCache', 'cache_folder', 'stamps', 'cache_images', 'IdentitySampler', 'Protocol',
-           'direction_of', 'draw_gallery', 'read_permutations', 'official_galleries', 'sysu_protocol', 'regdb_protocol',
-           'llcm_protocol', 'protocols', 'sysu_counts', 'write_standin', 'Report', 'walk_images', 'check_image',
-           'verify', 'verify_main']
+           'SYSU_TOTALS', 'ALONE', 'LLCM_TOTALS', 'VARIANTS', 'JUNK', 'ENDS', 'UserError', 'any_terminal', 'cli',
+           'progress', 'Dataset', 'complain', 'is_image', 'listing', 'read_text', 'read_ids', 'dataset_root',
+           'read_sysu', 'read_list', 'read_regdb', 'read_llcm', 'read_dataset', 'hold_out', 'class_labels',
+           'read_bytes', 'decode', 'read_image', 'in_parallel', 'Rows', 'ImageCache', 'cache_folder', 'stamps',
+           'cache_images', 'IdentitySampler', 'Protocol', 'direction_of', 'draw_gallery', 'read_permutations',
+           'official_galleries', 'sysu_protocol', 'regdb_protocol', 'llcm_protocol', 'protocols', 'sysu_counts',
+           'write_standin', 'Report', 'walk_images', 'check_image', 'verify', 'verify_main']
 
 # %% ../nbs/00_datasets.ipynb #76c1722f
-import contextlib, hashlib, inspect, io, json, os, re, shutil, sys, warnings, zipfile
+import contextlib, hashlib, inspect, io, json, os, re, shutil, sys, threading, warnings, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -34,6 +34,11 @@ def _command_line(frame):
     import builtins
     return top and not hasattr(builtins, "__IPYTHON__")
 
+def any_terminal():
+    "Print a ? for what this terminal or file cannot hold, such as → in an old encoding, and go on."
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+
 def cli(
     main,  # a function whose arguments are documented one a line; they become the command's options
 ):
@@ -41,6 +46,7 @@ def cli(
     @wraps(main)
     def run(*args, **kwargs):
         if args or kwargs or not _command_line(inspect.currentframe().f_back): return main(*args, **kwargs)
+        any_terminal()
         warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
         options = vars(anno_parser(main).parse_args())
         for hidden in "pdb", "xtra": options.pop(hidden, None)
@@ -509,7 +515,8 @@ class ImageCache:
         batch = out.permute(0, 2, 3, 1).numpy()  # (B,H,W,3), the same memory
         if hasattr(os, "preadv"):
             if self.file is None: self.file = os.open(self.path, os.O_RDONLY)
-            for image, row in zip(batch, self.rows[rows].tolist()): os.preadv(self.file, [image], self.start + row * self.bytes)
+            for image, row in zip(batch, self.rows[rows].tolist()):
+                if os.preadv(self.file, [image], self.start + row * self.bytes) < self.bytes: raise UserError(f"{self.path} has become shorter while it was open; delete it and start again")
         else: batch[:] = self.images[rows]
         return out
 
@@ -540,11 +547,17 @@ def stamps(
 
 def _digest(data): return hashlib.blake2b(data, digest_size=16).digest()
 
+_ONE_AT_A_TIME = threading.Lock()
+
+def _seek_and_write(file, data, place):
+    "`os.pwrite` where the system has none."
+    with _ONE_AT_A_TIME: os.lseek(file, place, os.SEEK_SET); return os.write(file, data)
+
 def _write_at(file, data, place):
     "All of `data` at `place` of an open file."
     data = memoryview(data).cast("B")
     while data:
-        try: n = os.pwrite(file, data, place)
+        try: n = os.pwrite(file, data, place) if hasattr(os, "pwrite") else _seek_and_write(file, data, place)
         except OSError as e: raise OSError(e.errno, f"the image cache cannot be written ({e.strerror}); free some space or give another folder") from None
         data, place = data[n:], place + n
 
@@ -557,7 +570,7 @@ def _build(root, paths, size, partial, workers):
         data = read_bytes(file)
         digests[i] = np.frombuffer(_digest(data), np.uint8)
         _write_at(out, np.ascontiguousarray(decode(data, size, file)), start + i * each)
-    out = os.open(partial, os.O_WRONLY)
+    out = os.open(partial, os.O_WRONLY | getattr(os, "O_BINARY", 0))                  # Windows would translate line ends
     try: bad = in_parallel(one, len(paths), "cache", workers); os.fsync(out)
     finally: os.close(out)
     if bad: raise UserError("\n".join([f"{len(bad)} of {len(paths)} images cannot be used:", *bad]))
@@ -592,7 +605,7 @@ def _finished(index, root, paths):
     touched = np.flatnonzero((now != then).any(1))  # written again or copied: does the content differ?
     for i in touched:
         if _digest(read_bytes(os.path.join(root, paths[i]))) != known["digests"][i].tobytes(): return None
-    if len(touched): _write_index(index, now, known["digests"], store)
+    if len(touched) and os.access(index, os.W_OK): _write_index(index, now, known["digests"], store)
     return store
 
 
@@ -622,9 +635,13 @@ def cache_images(
     records, size = dataset.records if dataset.source is None else dataset.source, tuple(int(s) for s in size)
     paths = sorted(records.path)
     key = hashlib.sha256(json.dumps([CACHE_VERSION, dataset.name, size, paths]).encode()).hexdigest()[:16]
+    name = f"{dataset.name}-{size[0]}x{size[1]}-{key}.npz"
+    store = _finished(Path(dataset.root) / ".di2l_cache" / name, dataset.root, paths) if folder is None else None      # it may be there and not be ours to write
+    if store is not None: return ImageCache(store, np.searchsorted(paths, dataset.records.path))
     folder = Path(folder) if folder else cache_folder(dataset)
-    folder.mkdir(parents=True, exist_ok=True)
-    index = folder / f"{dataset.name}-{size[0]}x{size[1]}-{key}.npz"
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"{folder}: the image cache cannot be made there ({e.strerror}); set XDG_CACHE_HOME to a folder with room") from None
+    index = folder / name
     store = _finished(index, dataset.root, paths)
     if store is None:
         with _locked(index.with_suffix(".lock")):
@@ -753,7 +770,10 @@ def draw_gallery(
 ) -> np.ndarray:  # rows, sorted
     "`shots` images of each identity and camera at random, all where there are fewer."
     pid, cam = candidates.pid.to_numpy(), candidates.cam.to_numpy()
-    order = np.lexsort((np.random.default_rng((seed, trial)).random(len(pid)), cam, pid))
+    drawn = np.empty(len(pid))
+    line = np.lexsort([candidates[k].to_numpy() for k in ("frame", "pid", "cam") if k in candidates])       # in the order of the files, whatever that of the table
+    drawn[line] = np.random.default_rng((seed, trial)).random(len(pid))
+    order = np.lexsort((drawn, cam, pid))
     new = np.r_[True, (np.diff(pid[order]) != 0) | (np.diff(cam[order]) != 0)]
     starts = np.flatnonzero(new)
     place = np.arange(len(order)) - starts[np.cumsum(new) - 1]

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .datasets import UserError, cli, direction_of, is_image, progress, read_image
+from .datasets import Protocol, UserError, cli, direction_of, is_image, progress, read_image
 from .rca import normalise
 
 # %% ../nbs/09_eval.ipynb #5c8d17ee
@@ -591,6 +591,7 @@ def _prepare(
     x = x.float() if metric == "euclidean" else torch.nn.functional.normalize(x.double() if x.dtype == torch.float64 else x.float(), eps=0).float()
     x = x - torch.as_tensor(shift, dtype=torch.float32, device=device)
     square = x.square().sum(1, keepdim=True)
+    if not square.isfinite().all(): raise UserError("the squared length of a feature is beyond float32; divide all features by one number, which changes no ranking")
     return torch.cat([x, -square / 2 if last is None else torch.full_like(square, last)], 1), square[:, 0].sqrt()
 
 def _settle(
@@ -761,6 +762,8 @@ def pool(
     groups = {}
     for r in results: groups.setdefault(json.dumps({k: v for k, v in r.about.items() if k != "trial"}, sort_keys=True), []).append(r)
     together = lambda rs: [t for r in rs for t in r.trials]
+    for rs in groups.values():
+        if len(set(numbers := [r.about.get("trial") for r in rs])) < len(rs) and numbers[0] is not None: raise UserError(f"trial {max(numbers, key=numbers.count)} is there twice; give one run for each trial")
     return [Result(mean(together(rs)), together(rs), rs[0].about | (dict(trial=", ".join(str(r.about["trial"]) for r in rs)) if "trial" in rs[0].about else {})) for rs in groups.values()]
 
 def _plain_trials(features, query, galleries, who, skip, metric, max_rank, once, device, block):
@@ -953,7 +956,7 @@ def attention_maps(
     keepers = {name: m for name, m in net.named_modules() if hasattr(m, "keep_attention")}
     if not keepers: raise UserError("this network has no attention module; train with dpa or non_local")
     for m in keepers.values(): m.keep_attention = True
-    try: _batch_features(net.eval(), pixels, modality, False); return {name: m.attention.float().cpu() for name, m in keepers.items()}
+    try: _batch_features(net.eval(), pixels.to(next(net.parameters()).device), modality, False); return {name: m.attention.float().cpu() for name, m in keepers.items()}
     finally:
         for m in keepers.values(): m.keep_attention, m.attention = False, None
 
@@ -1097,7 +1100,8 @@ def _feature_protocols(
         records = records.assign(modality=np.where(records["cam"] == 2, "infrared", "visible"))
     strange = records["modality"][~records["modality"].isin(["visible", "infrared"])]
     if len(strange): raise UserError(f"modality {strange.iloc[0]!r} in row {strange.index[0]}: expected 'visible' or 'infrared'")
-    return [makers[protocol](records, direction=d) for d in ([direction] if direction else ["infrared→visible", "visible→infrared"])]
+    drawn = {k: sysu[k] for k in ("seed", "trials") if protocol == "llcm" and k in sysu}
+    return [makers[protocol](records, direction=d, **drawn) for d in ([direction] if direction else ["infrared→visible", "visible→infrared"])]
 
 def evaluate_files(
     query,               # `.npz` of the queries
@@ -1105,11 +1109,17 @@ def evaluate_files(
     skip=None,           # skip rule
     metric="euclidean",  # "euclidean" or "cosine"
     device=None,         # where to multiply
+    expand=0,            # query expansion: gallery features that join each query; 0 is off
+    reranking=False,     # k-reciprocal re-ranking
 ):                       # `Result`
     "The protocol \"any\": one file against another."
+    import pandas as pd
     (q, who_q), (g, who_g) = read_features(query), read_features(gallery)
-    m = evaluate_features(q, g, who_q["pid"], who_g["pid"], who_q["cam"], who_g["cam"], skip, metric, device=device)
-    return Result(m, [m], dict(dataset="any", query=Path(query).name, gallery=Path(gallery).name, skip=skip or "none", metric=metric))
+    if q.shape[1] != g.shape[1]: raise UserError(f"features of {query} have {q.shape[1]} dimensions, those of {gallery} {g.shape[1]}; both must come from one network")
+    rule, rows = None if skip in (None, "none") else skip, np.arange(len(q) + len(g))
+    about = dict(dataset="any", query=Path(query).name, gallery=Path(gallery).name, skip=skip or "none")
+    plan = Protocol(rows[:len(q)], [rows[len(q):]], rule, about)
+    return evaluate_protocol(np.concatenate([q, g]), pd.concat([who_q, who_g], ignore_index=True), plan, metric, device=device, expand=expand, reranking=reranking)
 
 # %% ../nbs/09_eval.ipynb #16358451
 def _run_data(
@@ -1142,14 +1152,15 @@ def evaluate_run(
     "Every standard protocol of a run's dataset, or those asked for."
     from di2l import datasets
     net, config, data, images = _run_data(run, root)
-    asked = {k: v for k, v in dict(mode=mode, shots=shots, direction=direction).items() if v}
+    if permutations and config["dataset"] != "sysu": raise UserError(f"permutations are SYSU-MM01's, and {run} was trained on {config['dataset']}; leave them out")
+    asked = {k: v for k, v in dict(mode=mode, shots=shots, direction=direction).items() if v is not None}
     plans = [p for p in datasets.protocols(data, permutations=permutations, seed=seed) if all(p.about.get(k) == v for k, v in asked.items())]
     if not plans: raise UserError(f"{config['dataset']} has no protocol with {', '.join(f'{k} {v}' for k, v in asked.items())}")
     rows = np.unique(np.concatenate([np.concatenate([p.query, *p.galleries]) for p in plans]))
     found = extract_features(net, images, data.records, rows, device, flip=flip)
     features = np.zeros((len(data.records), found.shape[1]), np.float32)
     features[rows] = found
-    named = dict(feature=getattr(net, "retrieve", None), flip=flip)
+    named = dict(method=config.get("method"), identities="held out of training" if config.get("hold_out") else None, feature=getattr(net, "retrieve", None), flip=flip)
     return [evaluate_protocol(features, data.records, p, metric, expand=expand, reranking=reranking, **named) for p in plans]
 
 # %% ../nbs/09_eval.ipynb #97dae7d6
@@ -1166,6 +1177,19 @@ def report(
         data = results[0].to_dict() if len(results) == 1 else {**results[0].to_dict(), "results": [r.to_dict() for r in results]}
         Path(out).write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return text
+
+_UNUSED = {"--run": ("gallery", "protocol", "trials", "skip"), "--gallery": ("protocol", "mode", "shots", "permutations", "seed", "trials", "direction", "flip", "root"),
+           "--protocol sysu": ("skip", "flip", "root"), "--protocol llcm": ("mode", "shots", "permutations", "skip", "flip", "root"),
+           "--protocol regdb": ("mode", "shots", "permutations", "seed", "trials", "skip", "flip", "root")}   # form: options that have no part in it
+
+def _refuse(
+    form,   # one of `_UNUSED`
+    given,  # {option: value}
+):
+    "A `UserError` for an option that would do nothing."
+    usual = dict(protocol="sysu", seed=0, trials=10, flip=False)
+    for name in _UNUSED.get(form, ()):
+        if given[name] != usual.get(name): raise UserError(f"--{name} does nothing with {form}; leave it out")
 
 @cli
 def main(
@@ -1191,9 +1215,12 @@ def main(
     "Evaluate a training run, or the features of any program, by the official protocol."
     if (run is None) == (features is None): raise UserError("give either --run RUN (a training run) or --features FILE.npz (features of any program)")
     if permutations and not Path(permutations).is_file(): raise UserError(f"{permutations}: no such file; SYSU-MM01's rand_perm_cam.mat is in its authors' repository, wuancong/SYSU-MM01")
+    if seed < 0: raise UserError(f"--seed {seed}: expected 0 or more")
+    if trials < 1: raise UserError(f"--trials {trials}: expected 1 or more")
+    _refuse("--run" if run is not None else "--gallery" if gallery else f"--protocol {protocol}", dict(gallery=gallery, protocol=protocol, mode=mode, shots=shots, permutations=permutations, seed=seed, trials=trials, direction=direction, skip=skip, flip=flip, root=root))
     direction = direction and direction_of(direction)
-    if run: results = pool([r for one in run.split(",") for r in evaluate_run(one, root, mode, shots, direction, permutations, metric, flip, expand, rerank, seed, device)])
-    elif gallery: results = [evaluate_files(features, gallery, skip, metric, device)]
+    if run is not None: results = pool([r for one in map(str.strip, run.split(",")) for r in evaluate_run(one, root, mode, shots, direction, permutations, metric, flip, expand, rerank, seed, device)])
+    elif gallery: results = [evaluate_files(features, gallery, skip, metric, device, expand, rerank)]
     else:
         table, records = read_features(features)
         plans = _feature_protocols(records, protocol, direction, mode="all" if mode is None else mode, shots=1 if shots is None else shots, permutations=permutations, seed=seed, trials=trials)
@@ -1219,10 +1246,15 @@ def search_main(
 ):
     "Find the gallery images that look most like a query."
     if run is None: raise UserError("give --run RUN, the folder of a finished training run")
-    if modality not in ("infrared", "visible"): raise UserError(f"--modality {modality!r}: expected infrared or visible")
-    other = gallery_modality or {"infrared": "visible", "visible": "infrared"}[modality]
+    other = gallery_modality or dict(infrared="visible", visible="infrared").get(modality)
+    for name, value in dict(modality=modality, gallery_modality=other or "visible").items():
+        if value not in ("infrared", "visible"): raise UserError(f"--{name} {value!r}: expected infrared or visible")
+    for name, value in dict(k=k, limit=limit).items():
+        if value < 1: raise UserError(f"--{name} {value}: expected 1 or more")
     net, size, tables, skip = _search_tables(run, query, gallery, modality, other, root, limit)
-    table = retrieve(net, *tables, k, size, metric=metric, skip=skip, flip=flip, device=device)
+    table = retrieve(net, *tables, k + 1, size, metric=metric, skip=skip, flip=flip, device=device)
+    table = table[table["query_path"] != table["path"]]                                   # an image is no answer to itself
+    table = table.assign(rank=table.groupby("query").cumcount() + 1).query("rank <= @k").reset_index(drop=True)
     if json: table.to_json(json, orient="records", indent=1, force_ascii=False)
     if html: retrieval_page(table, html, f"{modality} → {other}")
     print(table.groupby("query", sort=True).head(5).to_string(index=False))
@@ -1235,7 +1267,8 @@ def _search_tables(run, query, gallery, modality, other, root, limit):
     config, own = info["config"], None
     if query is None or gallery is None:
         data = datasets.read_dataset(config["dataset"], root or config["root"], config.get("trial") or 1)
-        own = data.test.assign(path=[str(Path(root or config["root"]) / p) for p in data.test["path"]])
+        if config.get("hold_out"): data = datasets.hold_out(data)
+        own = data.test.assign(path=[str(data.root / p) for p in data.test["path"]])
     def table(path, modality): return pictures(path, modality) if path else own[own["modality"] == modality].reset_index(drop=True)
     tables = [table(query, modality), table(gallery, other)]
     if query is None: tables[0] = tables[0].iloc[np.unique(np.linspace(0, len(tables[0]) - 1, min(limit, len(tables[0]))).astype(int))].reset_index(drop=True)

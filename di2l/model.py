@@ -194,6 +194,13 @@ class DI2LMethod(Method):
     squared: bool = True           # φ(x) = sgn(x)·x² in WRT, Eq. 6; False: φ(x) = x
     wrt_scale: float | None = None # length the features are given for WRT; None leaves them as they are
 
+    def __post_init__(self):
+        within = dict(flip=(0, 1), crop=(0, 1), erase=(0, 1), pad=(0, 10**4), parts=(1, 10**4), gamma=(0, 1e3))
+        for name, (low, high) in within.items():
+            if not low <= getattr(self, name) <= high: raise UserError(f"{name} = {getattr(self, name)!r}: expected a number from {low} to {high}")
+        for name in ("gem", "wrt_scale"):
+            if (value := getattr(self, name)) is not None and not 0 < value < 1e6: raise UserError(f"{name} = {value!r}: expected a number above 0")
+
     @property
     def copies(self): return 1 + self.rca
 
@@ -233,12 +240,15 @@ def load_network(
     run = Path(run)
     for name in ("config.json", "model.safetensors"):
         if not (run / name).exists(): raise UserError(f"{run / name} is not there: {run} is not a finished run; di2l_train --out {run} makes one")
-    info = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    try: info = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    except ValueError as e: raise UserError(f"{run / 'config.json'} is damaged ({e}); copy it from where the run was made, or train again") from None
     settings = dict(info["method"]); name = settings.pop("name")
     if name not in METHODS: raise UserError(f"{run} was trained with method {name!r}, known here: {', '.join(METHODS)}; import the notebook that adds it first")
     if "weights" in settings: settings["weights"] = None                              # they are overwritten at once
     net = METHODS[name](**settings).network(info["num_ids"])
-    _fill(net, load_file(run / "model.safetensors"), run)
+    try: weights = load_file(run / "model.safetensors")
+    except Exception as e: raise UserError(f"{run / 'model.safetensors'} is damaged ({e}); copy it from where the run was made, or train again") from None
+    _fill(net, weights, run)
     return net.eval(), info
 
 def _fill(net, state, run):

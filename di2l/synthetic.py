@@ -26,7 +26,7 @@ import numpy as np
 from fastcore.docments import docments
 from PIL import Image, ImageDraw
 
-from .datasets import UserError, progress
+from .datasets import UserError, any_terminal, progress
 
 # %% ../nbs/01_synthetic.ipynb #36def856
 VERSION = "5"  # of the generator: any change of the pixels raises it
@@ -825,7 +825,7 @@ def crop_place(
     pano = place(seed, camera.place, camera.outdoor, settings.height // 2)
     unit = settings.height // 2
     zoom = unit / scale * rng.uniform(.9, 1.3)
-    low, left = 2.62 * unit + rng.uniform(-.1, .1) * unit, rng.uniform(0, pano.shape[1] - W * zoom - 1)
+    low, left = 2.62 * unit + rng.uniform(-.1, .1) * unit, rng.uniform(0, max(0, pano.shape[1] - W * zoom - 1))
     rows = (low - (H - np.arange(H)) * zoom).astype(np.intp).clip(0, pano.shape[0] - 1)
     cols = (left + np.arange(W) * zoom).astype(np.intp).clip(0, pano.shape[1] - 1)
     return pano.take(rows, 0).take(cols, 1)
@@ -1025,7 +1025,7 @@ def splits(
 ) -> dict:  # train, val, test → sorted identities
     "Which identities are for training, for choosing and for reporting."
     order = 1 + stream(seed, 6).permutation(s.identities + s.test_identities)
-    cuts = s.identities - s.val_identities, s.identities
+    cuts = max(0, s.identities - s.val_identities), s.identities
     parts = (order[:cuts[0]], order[cuts[0]:cuts[1]], order[cuts[1]:])
     return {name: sorted(int(p) for p in ids) for name, ids in zip(("train", "val", "test"), parts)}
 
@@ -1219,11 +1219,15 @@ def whole(
     about: dict,  # configuration
 ):
     "A folder beside `out` that takes its name when all is written, and vanishes if anything goes wrong."
+    out = out.resolve()                                                                   # a link, or "."
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     try:
         yield folder
         folder.chmod(0o755)
-        if out.is_dir() and not any(out.iterdir()): out.rmdir()
+        if out.is_dir() and not any(out.iterdir()):
+            try: out.rmdir()
+            except OSError:                                                               # a mount point: what says that all is there comes last
+                for path in sorted(folder.iterdir(), key=lambda p: p.name == "benchmark.json"): shutil.move(path, out / path.name)
         if not (out.exists() and already_there(out, about)): folder.rename(out)
     finally: shutil.rmtree(folder, ignore_errors=True)
 
@@ -1249,6 +1253,7 @@ def main(
     group = p.add_argument_group("knobs, over the preset's")
     about = docments(Settings)
     for f in fields(Settings): group.add_argument(f"--{f.name}", type=option, metavar=str(f.default), help=about[f.name])
+    any_terminal()
     args = vars(p.parse_args(argv))
     out, preset, seed, workers, copy = (args.pop(k) for k in ("out", "preset", "seed", "workers", "json"))
     try:
@@ -1256,3 +1261,4 @@ def main(
         if copy: shutil.copyfile(Path(out) / "benchmark.json", copy)
         print(f"{out}: {fingerprint(out)['images']} images, content {fingerprint(out)['content'][:12]}")
     except (UserError, OSError) as e: print(f"error: {e}", file=sys.stderr); sys.exit(1)
+    except KeyboardInterrupt: print("stopped; nothing was left behind", file=sys.stderr); sys.exit(130)

@@ -105,7 +105,7 @@ def _read(name, value, kind, optional):
     words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
     reader = {bool: lambda v: v if isinstance(v, bool) else words[v.lower()], int: whole, float: number, str: lambda v: {str: v}[type(v)],
               tuple: lambda v: tuple(whole(x) for x in (v.strip("()").replace("x", ",").split(",") if isinstance(v, str) else v))}
-    if optional and (value is None or value == "none"): return None
+    if optional and (value is None or str(value).lower() == "none"): return None
     try: return reader.get(kind, lambda v: v)(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{name} = {value!r} is not {_KINDS.get(kind, kind.__name__)}") from None
@@ -127,10 +127,14 @@ def config(
     if name not in model.METHODS: raise UserError(f"no method {name!r}; {_nearest(name, model.METHODS)}")
     method = model.METHODS[name]
     engine, own = _types(Config), _types(method)
+    if not isinstance(values.get("settings", {}), dict): raise UserError(f"settings = {values['settings']!r}: give each of the method's settings by its own name, such as gamma=1")
     values.update(values.pop("settings", {}))
     if "epochs" in changes and "steps" not in changes: values["steps"] = 0
     for n, (other, wanted) in dict(momentum=("optimiser", "sgd"), milestones=("schedule", "steps")).items():
         if n in changes and (found := values.get(other, getattr(Config, other))) != wanted: raise UserError(f"{n} does nothing with {other} = {found!r}; it belongs to {wanted!r}")
+    for n, (other, off) in dict(parts=("dpa", False), reading=("dpa", False), pad=("crop", 0)).items():
+        if n in changes and {n, other} <= own.keys() and _read(n, changes[n], *own[n]) != getattr(method, n) and (found := _read(other, values.get(other, getattr(method, other)), *own[other])) == off:
+            raise UserError(f"{n} does nothing with {other} = {found!r}; leave it out")
     for n in [n for n in values if n not in engine and n not in own]:
         if n in changes: raise UserError(f"no option {n!r} for method {name!r}; {_nearest(n, [*engine, *own])}")
         del values[n]                                          # the preset's, for methods that have it
@@ -148,11 +152,12 @@ def check(
                             precision=("auto", "fp32", "bf16", "fp16"), log=("csv", "tensorboard")).items():
         need(getattr(c, name) in names, name, _nearest(getattr(c, name), names))
     for name in ("visible", "infrared", "accumulate", "trial"): need(getattr(c, name) >= 1, name, "expected 1 or more")
-    for name in ("steps", "warmup", "clip", "save_every", "seed", "momentum", "weight_decay"): need(getattr(c, name) >= 0, name, "expected 0 or more")
+    for name in ("steps", "warmup", "clip", "save_every", "seed", "momentum", "weight_decay"): need(0 <= getattr(c, name) < 2**63, name, "expected 0 or more, under 2⁶³")
     for name in ("lr", "head_lr"): need(0 < getattr(c, name) < math.inf, name, "expected a number above 0")
     need(c.ids >= 2, "ids", "expected 2 or more, a triplet needs another identity")
     need(c.trial == 1 or c.dataset == "regdb", "trial", f"only regdb has trials, not {c.dataset}")
     need(c.epochs >= 1 or c.steps, "epochs", "expected 1 or more, or a number of `steps`")
+    need(not (c.compile and c.checkpointing), "compile", "PyTorch cannot compile a network that recomputes its blocks (checkpointing = True); take one of the two")
     need(len(c.size) == 2 and min(c.size) >= 16, "size", "expected height and width, 16 pixels or more each, such as 288x144")
     return c
 
@@ -191,7 +196,9 @@ def make_optimiser(
     groups = [dict(params=[p for h, p in named if h == head], rate=c.lr * (c.head_lr if head else 1)) for head in (False, True)]
     groups = [g for g in groups if g["params"]]
     if c.optimiser == "adamw": return torch.optim.AdamW(groups, lr=c.lr, weight_decay=c.weight_decay, fused=True)
-    return torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay, fused=True)
+    sgd = torch.optim.SGD(groups, lr=c.lr, momentum=c.momentum, nesterov=c.momentum > 0, weight_decay=c.weight_decay, fused=True)
+    for _, p in named if c.momentum else (): sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)     # the fused kernel would leave it unwritten if fp16 overflows in the first step
+    return sgd
 
 # %% ../nbs/08_train.ipynb #218e28dd
 def draws(
@@ -275,7 +282,7 @@ def choose_precision(
     "What `auto` means on this processor."
     if c.precision == "fp16" and device.type == "cpu": raise UserError("precision = 'fp16' needs a GPU; take bf16 or fp32")
     if c.precision != "auto": return c.precision
-    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 def make_accelerator(
@@ -289,7 +296,7 @@ def make_accelerator(
     if c.device == "cuda" and not torch.cuda.is_available(): raise UserError("device = 'cuda', but PyTorch finds no GPU here; use cpu or auto")
     cpu = c.device == "cpu" or not torch.cuda.is_available()
     precision = choose_precision(c, torch.device("cpu" if cpu else "cuda"))
-    AcceleratorState._reset_state(False)                      # a second run in this process may want another precision
+    AcceleratorState._reset_state(int(os.environ.get("WORLD_SIZE", 1)) == 1)      # a second run in this process may want another precision or device
     return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
 
 # %% ../nbs/08_train.ipynb #1d249e31
@@ -309,11 +316,11 @@ def gather(
 @contextmanager
 def _statistics_left_alone(block):
     "Batch normalisation by the batch's statistics, the running ones untouched."
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in block.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    for m, *_ in norms: m.momentum, m.num_batches_tracked = 0.0, None
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in block.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m, *_ in norms: m.momentum = 0.0
     try: yield
     finally:
-        for m, momentum, count in norms: m.momentum, m.num_batches_tracked = momentum, count
+        for m, momentum, count in norms: m.momentum = momentum; m.num_batches_tracked.copy_(count)
 
 def recompute_blocks(
     network,  # changed in place
@@ -438,7 +445,11 @@ class Log:
         tensorboard=False,  # write `tensorboard/` too
     ):
         self.path, self.writer = Path(out) / "log.csv", None
-        with open(self.path, "ab") as f: f.truncate(length)
+        kept = self.path.read_bytes()[:length] if self.path.exists() else b""
+        if len(kept) < length:
+            warnings.warn(f"{self.path} is shorter than it was when the checkpoint was written; the scalars of earlier steps are lost")
+            kept = kept[:kept.rfind(b"\n") + 1]
+        with open(self.path, "ab") as f: f.truncate(len(kept))
         if tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
             except ImportError: raise UserError("log = 'tensorboard', but it is not installed; pip install tensorboard, or take log=csv") from None
@@ -694,7 +705,7 @@ def describe(
 ):        # dict
     "What `config.json` holds: the configuration and what it does not say: data, device, versions."
     c = run.c
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else f"CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     return dict(config=dataclasses.asdict(c), method=dict(name=c.method, **c.settings), num_ids=run.batches.num_ids,
                 dataset=dict(name=c.dataset, root=str(c.root), trial=c.trial, fingerprint=run.fingerprint), versions=versions(),
                 device=device, precision=run.precision, processes=run.world, steps=run.total)
@@ -717,7 +728,26 @@ def train(
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"the run folder {out} cannot be made ({e}); choose another") from None
     run = Run(config, out)
-    resumed = run.load() if resume else False
+    with _alone(out) if run.rank == 0 else nullcontext(): return _train(run, resume, quiet)
+
+@contextmanager
+def _alone(folder):
+    "Hold a run folder for this process alone."
+    try: f = open(folder / ".lock", "a")
+    except OSError as e: raise UserError(f"the run folder {folder} cannot be written ({e}); choose another") from None
+    with f:
+        try:
+            try: import fcntl
+            except ImportError:                                           # Windows
+                import msvcrt; msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+            else: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError): raise UserError(f"{folder} is being trained into by another process; wait for it, or take another folder") from None
+        except OSError: pass                                              # a file system without locks
+        yield
+
+def _train(run, resume, quiet):
+    "Train in a folder that is ours."
+    config, out, resumed = run.c, run.out, run.load() if resume else False
     about, say = describe(run), print if not quiet and run.rank == 0 else lambda *_: None
     say(show_config(config))
     say(f"{about['device']} · {run.precision} · {run.world} process{'es' * (run.world > 1)} · {about['num_ids']} identities · "
@@ -740,7 +770,7 @@ def _memory(device):
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) >> 20
     try: import resource
     except ImportError: return None                                       # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
 
 def finish(
     run,  # `Run`, all steps done
@@ -790,9 +820,11 @@ def main(
     p.add_argument("--out", required=True, help="run folder")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     p.add_argument("--json", help="write the summary to this file too")
+    datasets.any_terminal()
     args, rest = p.parse_known_args(argv)
     try:
         train(config(args.preset, **options(rest)), args.out, args.resume)
         if args.json: shutil.copy(Path(args.out) / "summary.json", args.json)
     except Interrupted as e: print(e, file=sys.stderr); sys.exit(128 + signal.Signals[str(e).split(":")[0]])
     except (UserError, OSError) as e: print(f"error: {e}", file=sys.stderr); sys.exit(1)
+    except KeyboardInterrupt: print("stopped before the first step; nothing was lost", file=sys.stderr); sys.exit(130)

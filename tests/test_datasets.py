@@ -410,6 +410,32 @@ def test_cache_goes_to_the_users_folder_where_the_data_cannot_be_written(copy, t
     assert tmp_path / "home" in cache.path.parents and not (data.root / ".di2l_cache").exists()
 
 
+def test_a_finished_cache_beside_read_only_data_is_used(copy, tmp_path, monkeypatch):
+    data, real = read("regdb", copy("regdb")), os.access
+    first = cache_images(data, (40, 24))
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and real(path, mode))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert cache_images(data, (40, 24)).path == first.path and not (tmp_path / "home").exists()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="set XDG_CACHE_HOME"): cache_images(data, (48, 24))
+
+
+def test_cache_without_positional_reads_and_writes(copy, tmp_path, monkeypatch):
+    "As on Windows."
+    data = read("regdb", copy("regdb"))
+    usual = cache_images(data, (40, 24), tmp_path / "a")
+    for name in ("pwrite", "preadv", "pread"): monkeypatch.delattr(os, name)
+    plain = cache_images(data, (40, 24), tmp_path / "b", workers=4)
+    assert torch.equal(plain[range(len(plain))], torch.from_numpy(np.array(usual.images)).permute(0, 3, 1, 2))
+
+
+def test_a_cache_that_shrinks_while_open_is_said(copy, tmp_path):
+    cache = cache_images(read("regdb", copy("regdb")), (40, 24), tmp_path)
+    os.truncate(cache.path, cache.start + cache.bytes)
+    with pytest.raises(UserError, match="has become shorter"): cache[[1]]
+
+
 def test_too_little_space_is_said_before_anything_is_written(copy, monkeypatch):
     data = read("regdb", copy("regdb"))
     monkeypatch.setattr(datasets.shutil, "disk_usage", lambda p: os.terminal_size((0, 0)) and type("Usage", (), dict(free=1000)))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from di2l import eval as ev
-from di2l.datasets import UserError, cache_images, llcm_protocol, read_sysu, regdb_protocol, sysu_protocol
+from di2l.datasets import Protocol, UserError, cache_images, llcm_protocol, read_sysu, regdb_protocol, sysu_protocol
 from di2l.synthetic import write_benchmark
 
 # ---------------------------------------------------------------- the oracle: one query at a time, as the authors' MATLAB reads
@@ -470,7 +470,7 @@ BAD = {
     "protocol": (lambda g: dict(protocol="market"), "there is no protocol 'market'"),
     "mode": (lambda g: dict(mode="outdoor"), "outdoor"),
     "shots": (lambda g: dict(shots=0), "shots"),
-    "trials": (lambda g: dict(trials=0), "each must have at least one"),
+    "trials": (lambda g: dict(trials=0), "expected 1 or more"),
     "device": (lambda g: dict(device="abacus"), "device abacus: not to be had here"),
     "modality": (lambda g: dict(protocol="llcm", modality=np.array(["thermal"] * len(g["pid"]))), "modality 'thermal' in row 0"),
     "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: no such file"),
@@ -494,7 +494,7 @@ def test_permutations_of_another_dataset(table, sysu_protocol_files, tmp_path):
 def test_other_bad_calls(table, tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     for options, message in ((dict(), "give either --run"), (dict(features=str(tmp_path / "none.npz")), "no such file"), (dict(features=str(tmp_path / "text.npz")), "not a readable .npz"),
-                             (dict(features=table(), gallery=table("short.npz", features=table.good["features"][:, :3])), "differ in length"),
+                             (dict(features=table(), gallery=table("short.npz", features=table.good["features"][:, :3])), "from one network"),
                              (dict(features=table(), gallery=table("g.npz"), skip="market"), "there is no skip rule 'market'")):
         with pytest.raises(UserError, match=message): ev.main(**options)
     with pytest.raises(UserError, match="there must be one for each"): ev.evaluate_protocol(np.ones((3, 2)), tmp_table(4), SimpleNamespace(query=[0], galleries=[[1]], skip=None, about={}))
@@ -514,6 +514,50 @@ def test_any_protocol(table, capsys, tmp_path):
     true = ev.evaluate(ev.distances(g["features"][infrared], g["features"][~infrared]), g["pid"][infrared], g["pid"][~infrared], g["cam"][infrared], g["cam"][~infrared], "sysu")
     assert json.loads((tmp_path / "any.json").read_text())["mAP"] == true.mAP
     assert "skip sysu" in capsys.readouterr().out
+    ev.main(features=q, gallery=r, skip="sysu", rerank=True, expand=2, json=str(tmp_path / "after.json"))
+    assert json.loads((tmp_path / "after.json").read_text())["mAP"] != true.mAP and "re-ranking" in capsys.readouterr().out
+
+
+def test_an_option_that_would_do_nothing_is_refused(table, run):
+    f = table()
+    for given in (dict(features=f, gallery=f, mode="indoor"), dict(features=f, gallery=f, shots=10), dict(features=f, flip=True), dict(features=f, root="x"), dict(features=f, skip="sysu"),
+                  dict(features=f, protocol="llcm", mode="all"), dict(features=f, protocol="regdb", trials=2), dict(run=str(run), trials=2), dict(run=str(run), protocol="llcm")):
+        with pytest.raises(UserError, match="does nothing with"): ev.main(**given)
+    for given, said in ((dict(run=str(run), shots=0), "no protocol with shots 0"), (dict(features=f, seed=-1), "seed -1"), (dict(features=f, trials=0), "trials 0"), (dict(run=""), "not a finished run")):
+        with pytest.raises(UserError, match=said): ev.main(**given)
+
+
+def test_llcm_features_are_drawn_by_seed_and_trials(table, capsys):
+    g = table.good
+    f = table(modality=np.where(np.isin(g["cam"], (3, 6)), "infrared", "visible"))
+    ev.main(features=f, protocol="llcm", seed=7, trials=2)
+    assert "seed 7" in capsys.readouterr().out
+
+
+def test_the_drawn_gallery_does_not_depend_on_the_order_of_the_table(table):
+    g, found = table.good, []
+    for rows in np.arange(len(g["pid"])), np.random.default_rng(0).permutation(len(g["pid"])):
+        features, records = ev.read_features(table("shuffled.npz", **{k: v[rows] for k, v in g.items()}))
+        plan, = ev._feature_protocols(records, "sysu", None, mode="all", shots=1, seed=0, trials=3)
+        found.append([sorted(records.loc[gallery, ["pid", "cam", "frame"]].apply(tuple, axis=1)) for gallery in plan.galleries])
+    assert found[0] == found[1]
+
+
+def test_held_out_results_say_so_and_a_trial_counts_once(run, tmp_path):
+    held = tmp_path / "held"; shutil.copytree(run, held)
+    info = json.loads((held / "config.json").read_text()); info["config"]["hold_out"] = True
+    (held / "config.json").write_text(json.dumps(info))
+    result = ev.evaluate_run(held, mode="all", shots=1, device="cpu")[0]
+    assert "held out" in result.title()
+    tables = ev._search_tables(str(held), None, None, "infrared", "visible", None, 4)[2]
+    whole = ev._search_tables(str(run), None, None, "infrared", "visible", None, 4)[2]
+    assert not set(tables[1].pid) & set(whole[1].pid)
+    twice = ev.evaluate_protocol(np.eye(4), tmp_table(4).assign(pid=[1, 2, 1, 2], cam=[1, 1, 3, 3]), Protocol(np.arange(2, 4), [np.arange(2)], None, dict(dataset="regdb")), trial=1)
+    with pytest.raises(UserError, match="trial 1 is there twice"): ev.pool([twice, twice])
+
+
+def test_features_beyond_float32_are_refused():
+    with pytest.raises(UserError, match="beyond float32"): ev.search(np.full((2, 3), 1e30), np.random.default_rng(0).normal(size=(5, 3)) * 1e30, 2)
 
 
 # ---------------------------------------------------------------- runs, the commands, the page
@@ -607,6 +651,9 @@ def test_search_command(page, run, tiny, tmp_path):
     data = tiny[0]
     first = Path(data.root) / data.test.path.iloc[-1]
     lone = command("search_main", "--run", run, "--query", first, "--gallery", Path(data.root) / "cam1", "--k", 3, "--device", "cpu", "--html", tmp_path / "p.html")
+    same = command("search_main", "--run", run, "--modality", "visible", "--gallery_modality", "visible", "--limit", 3, "--k", 2, "--device", "cpu", "--json", tmp_path / "same.json")
+    assert same.returncode == 0 and all(r["path"] != r["query_path"] for r in json.loads((tmp_path / "same.json").read_text()))
+    for words in (("--k", 0), ("--limit", 0), ("--gallery_modality", "foo")): assert "expected" in command("search_main", "--run", run, *words).stderr
     assert lone.returncode == 0 and "unknown" in (tmp_path / "p.html").read_text()
     bad = command("search_main", "--run", run, "--query", tmp_path / "none.jpg")
     assert bad.returncode == 1 and "no such file" in bad.stderr and "Traceback" not in bad.stderr

@@ -104,6 +104,18 @@ def test_unknown_experiment_suggests_a_name():
         X.experiment("basline")
 
 
+def test_making_goes_on_after_a_failure_and_knows_its_names(monkeypatch, tmp_path):
+    made = []
+    def run(name, **_):
+        made.append(name)
+        if len(made) == 2: raise ValueError("no")
+    monkeypatch.setattr(X, "run", run); monkeypatch.setattr(X, "benchmark", lambda *_: None)
+    failed = X.make("dpa,tiny", results=tmp_path)
+    assert len(made) == len(X.plan("dpa,tiny", tmp_path)) > 3 and failed == [(made[1], "ValueError: no")]
+    with pytest.raises(UserError, match="no experiment is called so"): X.make("typo", results=tmp_path)
+    with pytest.raises(UserError, match="workers = 0"): X.make(workers=0, results=tmp_path)
+
+
 def test_every_experiment_has_a_valid_configuration():
     for name, e in X.EXPERIMENTS.items():
         assert X.configuration(e, 0).method in X.model.METHODS

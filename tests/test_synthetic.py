@@ -236,6 +236,19 @@ def test_an_empty_folder_is_taken(tmp_path):
     assert fingerprint(write_benchmark(tmp_path / "new", **SMALL))["seed"] == 0
     assert left_behind(tmp_path) == ["new"]
 
+def test_a_link_to_an_empty_folder_and_a_mount_point_are_taken(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir(); (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_benchmark(tmp_path / "link", **SMALL)
+    assert (tmp_path / "real" / "benchmark.json").exists() and left_behind(tmp_path) == ["link", "real"]
+    (tmp_path / "mount").mkdir()
+    def busy(self): raise OSError(errno.EBUSY, "Device or resource busy")
+    monkeypatch.setattr(Path, "rmdir", busy)
+    write_benchmark(tmp_path / "mount", **SMALL)
+    assert fingerprint(tmp_path / "mount", deep=True) == fingerprint(tmp_path / "link", deep=True)
+
+def test_a_wide_image_can_be_made(tmp_path):
+    write_benchmark(tmp_path / "wide", **{**SMALL, "height": 32, "width": 512})
+
 def test_a_lost_or_changed_image_is_noticed(tmp_path):
     root = write_benchmark(tmp_path / "b", **SMALL)
     image = next(root.glob("cam1/*/*.jpg")); data = image.read_bytes()

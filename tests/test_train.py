@@ -353,6 +353,55 @@ def test_batches_in_an_earlier_batchs_memory_are_those_in_fresh_memory(small):
     assert len(places) == 1 and fresh.last is None
 
 
+def test_two_trainings_in_one_folder_are_refused(small, tmp_path):
+    with T._alone(tmp_path):
+        with pytest.raises(UserError, match="by another process"): T.train(small(), tmp_path, quiet=True)
+    T.train(small(), tmp_path, quiet=True)
+
+
+def test_momentum_is_defined_after_a_first_step_that_fp16_skips(small):
+    "A loss scale that overflows skips the step; the next one, with a gradient of zero, must not move anything."
+    net = nn.Linear(3, 3)
+    optimiser = T.make_optimiser(small(optimiser="sgd", weight_decay=0), net)
+    before, scaler = [p.clone() for p in net.parameters()], torch.amp.GradScaler("cpu")
+    for gradient in (float("inf"), 0.0):
+        for p in net.parameters(): p.grad = torch.full_like(p, gradient)
+        scaler.scale(torch.zeros(())); scaler.step(optimiser); scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def test_batch_statistics_stay_while_a_block_is_recomputed():
+    block = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(3)))
+    plain = nn.Sequential(nn.BatchNorm2d(3)).train()
+    with T._statistics_left_alone(block), T._statistics_left_alone(plain):
+        assert block[0].num_batches_tracked is not None                       # SyncBatchNorm refuses to run without
+        plain(torch.randn(4, 3, 2, 2))
+    assert plain[0].num_batches_tracked == 0 and plain[0].running_mean.abs().sum() == 0 and plain[0].momentum == 0.1
+
+
+def test_a_later_run_may_have_another_device(small):
+    from accelerate.state import PartialState
+    T.make_accelerator(small())
+    PartialState._shared_state["device"] = torch.device("meta")                 # what an earlier run on another device leaves
+    assert T.make_accelerator(small()).device.type == "cpu"
+
+
+def test_auto_takes_bf16_only_where_the_gpu_has_it(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert T.choose_precision(small(), torch.device("cuda")) == "fp16"
+
+
+def test_a_lost_log_is_said_and_begun_again(small, tmp_path):
+    c, raised = small(steps=4), []
+    old, T.Run._any = T.Run._any, lambda run, caught: "SIGTERM" if run.step == 2 else None
+    try:
+        with pytest.raises(T.Interrupted): T.train(c, tmp_path, quiet=True)
+    finally: T.Run._any = old
+    (tmp_path / "log.csv").unlink()
+    with pytest.warns(UserWarning, match="scalars of earlier steps are lost"): T.train(c, tmp_path, resume=True, quiet=True)
+    assert T.read_log(tmp_path).step.tolist() == [2, 3] and b"\0" not in (tmp_path / "log.csv").read_bytes()
+
+
 # --- what the options do
 
 CHANGES = [dict(optimiser="sgd"), dict(lr=1e-3), dict(head_lr=3), dict(weight_decay=0.5), dict(schedule="steps"), dict(warmup=0.5), dict(clip=0.01), dict(seed=3),
@@ -487,7 +536,11 @@ def test_heads_learn_at_their_own_rate(small):
     (dict(ids=2.5), "whole number"), (dict(ids=1), "2 or more"), (dict(lr=0), "above 0"), (dict(lr=float("nan")), "above 0"), (dict(size=(96,)), "height and width"),
     (dict(schedule="cosin"), "did you mean 'cosine'"), (dict(method="cja"), "did you mean 'caj'"), (dict(epochs=0, steps=0), "1 or more"),
     (dict(momentum=0.5), "momentum does nothing with optimiser = 'adamw'"), (dict(milestones=(3,)), "milestones does nothing"), (dict(trial=2), "only regdb has trials"),
-    (dict(compile="perhaps"), "true or false"), (dict(weight_decay=-1), "0 or more"), (dict(gamma="two"), "gamma = 'two' is not a number")])
+    (dict(compile="perhaps"), "true or false"), (dict(weight_decay=-1), "0 or more"), (dict(gamma="two"), "gamma = 'two' is not a number"),
+    (dict(dpa=False, parts=6), "parts does nothing with dpa = False"), (dict(method="caj", reading="sum"), "reading does nothing"), (dict(crop=0, pad=30), "pad does nothing"),
+    (dict(seed=10**30), "under 2"), (dict(warmup=float("inf")), "under 2"), (dict(gamma=-1), "gamma = -1.0: expected"), (dict(parts=0), "parts = 0"), (dict(gem=0), "gem = 0.0"),
+    (dict(flip=2), "flip = 2.0"), (dict(flip=float("nan")), "flip = nan"), (dict(wrt_scale=0), "above 0"), (dict(settings="x"), "by its own name"),
+    (dict(compile=True, checkpointing=True), "take one of the two")])
 def test_a_wrong_option_is_an_error_that_helps(change, said):
     with pytest.raises(UserError, match=said): T.config("quick", **change)
 
