@@ -20,6 +20,7 @@ from PIL import Image
 from torchvision import transforms
 
 from di2l import datasets, rca
+from machine import machine
 
 
 def seconds(work):
@@ -173,7 +174,7 @@ def main():
             found |= dict(zip(("training_peak_gigabytes", "same_steps_without_a_dataset_gigabytes"), (round(g, 2) for g in training(top, root))))
             found["ten_trials_seconds"] = evaluation(root, a.permutations)
             found |= dict(sysu_records=n, sysu_records_seconds=round(read, 2), sysu_verify_seconds=round(verified, 1), reading_adds_gigabytes=round(added, 2), of_a_cache_of_gigabytes=round(size, 2))
-    found |= dict(cores=os.cpu_count(), torch=torch.__version__, numpy=np.__version__)
+    found |= dict(machine=machine())
     for name, value in found.items(): print(f"{name:28} {value}")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -13,6 +13,7 @@ import torch
 
 from di2l import eval as ev
 from di2l.datasets import Protocol
+from machine import machine
 
 
 def usual_loop(dist, q_pids, g_pids, q_cams, g_cams, sysu, max_rank=20):
@@ -193,7 +194,7 @@ def main():
         torch.set_num_threads(a.threads)
         try: import faiss; faiss.omp_set_num_threads(a.threads)
         except ImportError: pass
-    result = dict(threads=torch.get_num_threads()) | protocol_sizes(1) | dict(search=search_sizes((10**4, 10**5) if a.quick else (10**4, 10**5, 10**6), 3))
+    result = protocol_sizes(1) | dict(search=search_sizes((10**4, 10**5) if a.quick else (10**4, 10**5, 10**6), 3), machine=machine())
     text = json.dumps(json.loads(json.dumps(result), parse_float=lambda x: float(f"{float(x):.4g}")), indent=1)
     print(text)
     if not a.quick:

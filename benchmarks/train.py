@@ -253,7 +253,8 @@ def main():
         return print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))     # ru_maxrss would begin at the parent's
     sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads, args.public),
                     memory=lambda: memory_section(args.ids, args.threads))
-    result = json.loads(args.out.read_text()) if args.out.exists() else {}
+    from machine import machine
+    result = (json.loads(args.out.read_text()) if args.out.exists() else {}) | dict(machine=machine())
     for name in args.only:
         print(name, flush=True)
         result[name] = sections[name]()

@@ -591,7 +591,7 @@ def _prepare(
     x = x.float() if metric == "euclidean" else torch.nn.functional.normalize(x.double() if x.dtype == torch.float64 else x.float(), eps=0).float()
     x = x - torch.as_tensor(shift, dtype=torch.float32, device=device)
     square = x.square().sum(1, keepdim=True)
-    if not square.isfinite().all(): raise UserError("the squared length of a feature is beyond float32; divide all features by one number, which changes no ranking")
+    if square.isinf().any(): raise UserError("the squared length of a feature is beyond float32; divide all features by one number, which changes no ranking")
     return torch.cat([x, -square / 2 if last is None else torch.full_like(square, last)], 1), square[:, 0].sqrt()
 
 def _settle(
