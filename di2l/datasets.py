@@ -474,7 +474,12 @@ CACHE_VERSION = 1  # raised when the pixels of a cache would change
 
 class Rows:
     "Some rows of a memory map, in another order, read when asked for."
-    def __init__(self, store, rows): self.store, self.rows, self.dtype, self.shape = store, rows, store.dtype, (len(rows), *store.shape[1:])
+    def __init__(
+        self, store,  # memory map (N, …)
+        rows,         # which of its rows, in the order wanted
+    ):
+        self.store, self.rows, self.dtype, self.shape = store, rows, store.dtype, (len(rows), *store.shape[1:])
+
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.store[self.rows[i]]
     def __array__(self, dtype=None, copy=None): return self.store[self.rows]
@@ -1024,6 +1029,7 @@ class Report:
         return "\n".join([f"{self.name} in {self.root}", *lines, *[f"problem: {p}" for p in self.problems], *[f"note: {n}" for n in self.notes], verdict])
 
     def to_json(self):
+        "The report as a dict for `json.dump`."
         problems = [dict(zip(("file", "problem"), p.partition(": ")[::2])) for p in self.problems]
         checks = [dict(what=w, expected=e, found=f, ok=e in (None, f)) for w, e, f in self.checks]
         return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=checks, problems=problems, notes=self.notes)

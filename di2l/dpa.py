@@ -58,6 +58,7 @@ class DPA(nn.Module):
     def forward(self,
         x,  # stage-4 map `(B,C,H,W)`
     ):      # feature `(B,C)`, float32
+        "The final feature of §3.2."
         with torch.autocast(x.device.type, enabled=False):
             parts = stripe_pool(x, self.parts, self.q)                            # (B,C,P)
             alpha, z = self.attend(parts)

@@ -156,6 +156,7 @@ class Method:
     def network(self,
         num_ids,  # K
     ):            # module: `net(visible=, infrared=)` → (features, logits) in training, retrieval features in evaluation
+        "The method's network. Where it also has `embed(visible=, infrared=)` → (feature, feature after the neck, logits), records hold the training images' confidence too."
         raise NotImplementedError
 
     def views(self,
@@ -164,6 +165,7 @@ class Method:
         generator=None,  # CPU `torch.Generator` for every draw
         out=None,        # what `views` returned for an earlier batch that nobody needs any more: its memory may be used
     ):                   # the network's arguments: normalised float images by name
+        "Augment a batch."
         raise NotImplementedError
 
     def losses(self,
@@ -171,6 +173,7 @@ class Method:
         logits,    # `(N,K)`
         pids,      # class of each row `(N,)`
     ):             # {term: scalar}; the loss is their sum
+        "Terms of the loss."
         raise NotImplementedError
 
 # %% ../nbs/07_model.ipynb #734e8d9b

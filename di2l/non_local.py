@@ -27,6 +27,7 @@ class NonLocal(nn.Module):
     def forward(self,
         x,  # map `(B,C,H,W)`
     ):      # map of the same shape
+        "Eq. 3 at every position."
         u, v, g = (conv(x).flatten(2).mT.float() for conv in (self.u, self.v, self.g))     # (B,N,inner), N = H·W
         with torch.autocast(x.device.type, enabled=False):
             if self.keep_attention:

@@ -544,6 +544,7 @@ class Run:
         self.c, self.out, self.step, self.pending, self.seconds = c, Path(out), 0, [], 0.0
         torch.set_flush_denormal(True)                                    # on CPUs numbers below 1e-38 cost a hundred times the others
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True      # the same algorithms in every run
+        torch.backends.cuda.enable_mem_efficient_sdp(False)               # its backward pass adds up in no fixed order
         self.accelerator = a = make_accelerator(c)
         self.device, self.rank, self.world = a.device, a.process_index, a.num_processes
         self.precision = choose_precision(c, self.device)
