@@ -1122,6 +1122,16 @@ def evaluate_files(
     return evaluate_protocol(np.concatenate([q, g]), pd.concat([who_q, who_g], ignore_index=True), plan, metric, device=device, expand=expand, reranking=reranking)
 
 # %% ../nbs/09_eval.ipynb #16358451
+def _dataset_of(
+    config,     # of a run
+    root=None,  # its folder, where it is not the one trained on
+):              # `Dataset`, with what was held out as its test images
+    "The dataset of a run."
+    from di2l import datasets
+    if root is None and not Path(config["root"]).expanduser().is_dir(): raise UserError(f"{config['root']}, where this run's dataset was, is no folder seen from here; give --root")
+    data = datasets.read_dataset(config["dataset"], root or config["root"], config.get("trial") or 1)
+    return datasets.hold_out(data) if config.get("hold_out") else data
+
 def _run_data(
     run,        # folder of a finished run
     root=None,  # dataset folder, where it is not the one trained on
@@ -1130,9 +1140,7 @@ def _run_data(
     from di2l import datasets
     from di2l.model import load_network
     net, info = load_network(run)
-    config = info["config"]
-    data = datasets.read_dataset(config["dataset"], root or config["root"], config.get("trial") or 1)
-    if config.get("hold_out"): data = datasets.hold_out(data)
+    config, data = info["config"], _dataset_of(info["config"], root)
     return net, config, data, datasets.cache_images(data, tuple(config["size"]))
 
 def evaluate_run(
@@ -1261,13 +1269,11 @@ def search_main(
 
 def _search_tables(run, query, gallery, modality, other, root, limit):
     "Network, image size, query and gallery tables, and the skip rule that fits them."
-    from di2l import datasets
     from di2l.model import load_network
     net, info = load_network(run)
     config, own = info["config"], None
     if query is None or gallery is None:
-        data = datasets.read_dataset(config["dataset"], root or config["root"], config.get("trial") or 1)
-        if config.get("hold_out"): data = datasets.hold_out(data)
+        data = _dataset_of(config, root)
         own = data.test.assign(path=[str(data.root / p) for p in data.test["path"]])
     def table(path, modality): return pictures(path, modality) if path else own[own["modality"] == modality].reset_index(drop=True)
     tables = [table(query, modality), table(gallery, other)]
