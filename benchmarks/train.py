@@ -147,15 +147,15 @@ def cpu_seconds(call):
     return time.process_time() - start
 
 
-def interleaved(steps, repeat):
-    "Median processor seconds of each, taken in turns; the first turn is for warming up (and counts if it is the only one)."
-    took = {name: [] for name in steps}
-    for turn in range(repeat + 1):
-        for name, step in steps.items():
-            t = cpu_seconds(step)
-            if turn or not repeat: took[name].append(t)
-            print(f"  {name} {t:.2f} s", flush=True)
-    return {name: statistics.median(t) for name, t in took.items()}
+def interleaved(sides, repeat, *words):
+    "Processor seconds of each side's third step, each time in a fresh process (how memory is asked for is a process's own), the sides taking turns."
+    took = {name: [] for name in sides}
+    for _ in range(repeat):
+        for name in sides:
+            done = subprocess.run([sys.executable, __file__, "--time", name, *words], capture_output=True, text=True, check=True)
+            took[name].append(float(done.stdout.split()[-1]))
+            print(f"  {name} {took[name][-1]:.2f} s", flush=True)
+    return took
 
 
 def peak_memory(side, ids, threads):
@@ -186,11 +186,12 @@ def operators(step, top=12):
 
 
 def step_section(ids, repeat, threads, caj=None):
-    steps = {n: SIDES[n](ids) for n in ("plain", "engine", "fp32")} | (dict(public=public(ids, caj)) if caj else {})
-    took = interleaved(steps, repeat)
-    work, peak = flops(steps["engine"]), matrix_peak()
-    out = dict(images=12 * ids, threads=threads, processor_has=dict(amx=torch.cpu._is_amx_tile_supported(), avx512_bf16=torch.cpu._is_avx512_bf16_supported()), turns=max(repeat, 1), times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
-               tflop_a_step=round(work / 1e12, 2), share_of_bf16_matrix_peak=round(work / took["engine"] / peak, 2), operators=operators(steps["engine"]))
+    turns = interleaved(["plain", "engine", "fp32", *(["public"] if caj else [])], repeat, "--ids", str(ids), "--threads", str(threads), *(["--public", caj] if caj else []))
+    took, step = {n: statistics.median(t) for n, t in turns.items()}, engine(ids)
+    step()
+    work, peak = flops(step), matrix_peak()
+    out = dict(images=12 * ids, threads=threads, processor_has=dict(amx=torch.cpu._is_amx_tile_supported(), avx512_bf16=torch.cpu._is_avx512_bf16_supported()), turns=repeat, spread_of_seconds={n: round((max(t) - min(t)) / took[n], 2) for n, t in turns.items()}, times_faster_than_plain=round(took["plain"] / took["engine"], 2), times_faster_than_own_fp32=round(took["fp32"] / took["engine"], 2),
+               tflop_a_step=round(work / 1e12, 2), share_of_bf16_matrix_peak=round(work / took["engine"] / peak, 2), operators=operators(step))
     if caj: out["times_faster_than_public_caj"] = round(took["public"] / took["engine"], 2)
     return out
 
@@ -243,6 +244,7 @@ def main():
     p.add_argument("--threads", type=int, default=1, help="1: processor seconds are then the step's own, whatever else runs")
     p.add_argument("--public", help="folder ICCV21_CAJ of the public code, to time its own step too")
     p.add_argument("--memory", choices=SIDES, help="print the peak memory of one side and leave")
+    p.add_argument("--time", choices=[*SIDES, "public"], help="print the processor seconds of one side's third step and leave")
     p.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "train.json", type=Path)
     p.add_argument("--only", nargs="*", default=["growth", "quick", "curve", "step", "memory"])
     args = p.parse_args()
@@ -251,6 +253,10 @@ def main():
         step = SIDES[args.memory](args.ids)
         step(); step()
         return print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmHWM")))     # ru_maxrss would begin at the parent's
+    if args.time:
+        step = public(args.ids, args.public) if args.time == "public" else SIDES[args.time](args.ids)
+        step(); step()                                                     # until its memory is there
+        return print(cpu_seconds(step))
     sections = dict(growth=growth_section, quick=lambda: quick_section(args.repeat), curve=curve_section, step=lambda: step_section(args.ids, args.repeat, args.threads, args.public),
                     memory=lambda: memory_section(args.ids, args.threads))
     from machine import machine

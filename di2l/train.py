@@ -7,7 +7,8 @@ __all__ = ['PRESETS', 'SOURCES', 'HEADS', 'KEEP', 'MAY_DIFFER', 'Config', 'confi
            'make_optimiser', 'draws', 'shares', 'Batches', 'choose_precision', 'make_accelerator', 'gather',
            'recompute_blocks', 'checkpoints', 'write_whole', 'save_checkpoint', 'load_checkpoint', 'random_states',
            'set_random_states', 'differences', 'Log', 'read_log', 'plot_log', 'Curves', 'Interrupted', 'NonFinite',
-           'Signals', 'Run', 'versions', 'fingerprint', 'describe', 'train', 'finish', 'options', 'main']
+           'Signals', 'keep_freed_memory', 'Run', 'versions', 'fingerprint', 'describe', 'train', 'finish', 'options',
+           'main']
 
 # %% ../nbs/08_train.ipynb #39ef3439
 import csv, dataclasses, difflib, functools, hashlib, io, json, math, os, random, shutil, signal, sys, threading, time, typing, warnings
@@ -535,6 +536,18 @@ class Signals:
         self.__exit__()
 
 # %% ../nbs/08_train.ipynb #37459c94
+def keep_freed_memory(
+    on=True,  # False: as the system has it, and what is free goes back to it
+):            # whether the C library took it (glibc does)
+    "Reuse the memory of one step in the next. The C library would give large blocks back to the system, which has to clear them page by page when they are asked for again."
+    import ctypes
+    try: mallopt, trim = (getattr(ctypes.CDLL(None), f) for f in ("mallopt", "malloc_trim"))
+    except (AttributeError, OSError, TypeError): return False              # macOS, Windows, musl
+    blocks, rest = (0, -1) if on else (65536, 128 << 10)                  # glibc's own values
+    done = mallopt(-4, blocks) and mallopt(-1, rest)                      # M_MMAP_MAX, M_TRIM_THRESHOLD
+    if not on: trim(0)
+    return bool(done)
+
 class Run:
     "A training run: network, optimiser, batches, and how far it is."
     def __init__(self,
@@ -547,6 +560,7 @@ class Run:
         torch.backends.cuda.enable_mem_efficient_sdp(False)               # its backward pass adds up in no fixed order
         self.accelerator = a = make_accelerator(c)
         self.device, self.rank, self.world = a.device, a.process_index, a.num_processes
+        if self.device.type == "cpu": keep_freed_memory()
         self.precision = choose_precision(c, self.device)
         self.every = 1 if self.device.type == "cpu" else 20               # steps between two readings of the scalars
         self.method = model.METHODS[c.method](**c.settings)
@@ -764,7 +778,9 @@ def _train(run, resume, quiet):
         kept = [p.name for p in checkpoints(out / "checkpoints")]
         raise UserError(f"step {run.step}: {out} cannot be written ({e}); {f'{kept[-1]} is intact' if kept else 'there was no checkpoint yet'}. "
                         "Make room, then go on with --resume") from None
-    finally: torch.set_flush_denormal(False)                              # the processor's mode is the caller's again
+    finally:
+        torch.set_flush_denormal(False)                                   # the processor's mode is the caller's again, and so is the memory
+        if run.device.type == "cpu": keep_freed_memory(False)
 
 def _memory(device):
     "Most memory that this process has used, in MB: the GPU's, or the process's."

@@ -386,6 +386,30 @@ def test_a_later_run_may_have_another_device(small):
     assert T.make_accelerator(small()).device.type == "cpu"
 
 
+FREED = """
+import resource, torch
+from di2l.train import keep_freed_memory
+def resident(): return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) / 1024
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(50_000_000)                                                      # 200 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+usual = faults(); empty = resident()
+took = keep_freed_memory(); faults(); again, full = faults(), resident()
+keep_freed_memory(False)
+print(took, usual, again, round(full - empty), round(resident() - empty))
+"""
+
+
+def test_memory_is_kept_from_step_to_step_and_given_back():
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    took, usual, again, kept, left = done.stdout.split()
+    if took == "False": pytest.skip("this system's C library has no mallopt")
+    assert int(usual) > 50 * max(1, int(again)) or int(usual) < 500               # (large pages make either cheap)
+    assert int(kept) > 150 and int(left) < 50
+
+
 def test_auto_takes_bf16_only_where_the_gpu_has_it(small, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert T.choose_precision(small(), torch.device("cuda")) == "fp16"
