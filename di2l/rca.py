@@ -131,17 +131,17 @@ def augment(
     return torch.where(_rectangles(images, erase, generator), _plane(IMAGENET_MEAN, images), images, out=images)
 
 # %% ../nbs/02_rca.ipynb #10c59521
-def _shift_into(out, image, dy, dx):
-    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; tensors `(H,W,3)`."
+def _shift_into(out, array, image, dy, dx):
+    "`out[y,x] = image[y+dy, x+dx]` as floats, the edge pixel repeated outside; tensors `(H,W,3)`, and `out` as an array."
     H, W, C = image.shape
     dy, dx = min(max(dy, 1 - H), H - 1), min(max(dx, 1 - W), W - 1)
     by = (dy * W + dx) * C                                                                 # in memory, a shift is one step along the line of all pixels
-    out.view(-1)[max(0, -by):H * W * C - max(0, by)].copy_(image.view(-1)[max(0, by):H * W * C - max(0, -by)])
-    array, top, bottom, left, right = out.numpy(), max(0, -dy), min(H, H - dy), max(0, -dx), min(W, W - dx)
-    if left: array[:, :left] = array[:, left:left + 1]                                     # what came round the edge
-    if right < W: array[:, right:] = array[:, right - 1:right]
-    if top: array[:top] = array[top]
-    if bottom < H: array[bottom:] = array[bottom - 1]
+    if by > 0: out.view(-1)[:-by].copy_(image.view(-1)[by:])
+    else: out.view(-1)[-by:].copy_(image.view(-1)[:H * W * C + by])
+    if dx < 0: array[:, :-dx] = array[:, -dx:1 - dx]                                       # what came round the edge
+    elif dx: array[:, W - dx:] = array[:, W - dx - 1:W - dx]
+    if dy < 0: array[:-dy] = array[-dy]
+    elif dy: array[H - dy:] = array[H - dy - 1]
 
 def prepare(
     images,          # batch `(B,3,H,W)`, uint8
@@ -160,12 +160,11 @@ def prepare(
     mean, std = (torch.tensor(v).repeat(W) for v in (IMAGENET_MEAN, IMAGENET_STD))                        # a row of pixels, (W·C,)
     scale, shift = 1 / (255 * std), -mean / std
     if out is None or out.shape != images.shape: out = torch.from_numpy(np.empty((B, H, W, C), np.float32)).permute(0, 3, 1, 2)   # NumPy asks for large pages
-    pixels, finished, one = images.permute(0, 2, 3, 1).contiguous(), out.permute(0, 2, 3, 1), torch.empty(H, W, C)
-    whole, rows = one.view(H, W * C), finished.view(B, H, W * C).unbind()
-    for image, row, done, mirror, dy, dx, (top, left, bottom, right) in zip(pixels.unbind(), rows, finished.numpy(), mirrored, *shifts, boxes):
+    pixels, finished = images.permute(0, 2, 3, 1).contiguous(), out.permute(0, 2, 3, 1)
+    for image, done, row, array, mirror, dy, dx, (top, left, bottom, right) in zip(pixels.unbind(), finished.unbind(), finished.view(B, H, W * C).unbind(), finished.numpy(), mirrored, *shifts, boxes):
         if mirror: image = image.flip(1)
-        if dy or dx: _shift_into(one, image, dy, dx)
-        else: one.copy_(image)
-        torch.addcmul(shift, whole, scale, out=row)
-        if bottom > top: done[top:bottom, left:right] = 0
+        if dy or dx: _shift_into(done, array, image, dy, dx)
+        else: done.copy_(image)
+        torch.addcmul(shift, row, scale, out=row)
+        if bottom > top: array[top:bottom, left:right] = 0
     return out
