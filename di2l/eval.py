@@ -11,7 +11,7 @@ __all__ = ['PLACES', 'SKIPS', 'Metrics', 'mean', 'spread', 'skip_sysu', 'skip_sa
            'search_main']
 
 # %% ../nbs/09_eval.ipynb #2bffb238
-import json
+import inspect, json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1195,9 +1195,9 @@ def _refuse(
     given,  # {option: value}
 ):
     "A `UserError` for an option that would do nothing."
-    usual = dict(protocol="sysu", seed=0, trials=10, flip=False)
+    usual = inspect.signature(main).parameters
     for name in _UNUSED.get(form, ()):
-        if given[name] != usual.get(name): raise UserError(f"--{name} does nothing with {form}; leave it out")
+        if given[name] != usual[name].default: raise UserError(f"--{name} does nothing with {form}; leave it out")
 
 @cli
 def main(

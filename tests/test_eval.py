@@ -653,6 +653,10 @@ def test_search_command(page, run, tiny, tmp_path):
     lone = command("search_main", "--run", run, "--query", first, "--gallery", Path(data.root) / "cam1", "--k", 3, "--device", "cpu", "--html", tmp_path / "p.html")
     same = command("search_main", "--run", run, "--modality", "visible", "--gallery_modality", "visible", "--limit", 3, "--k", 2, "--device", "cpu", "--json", tmp_path / "same.json")
     assert same.returncode == 0 and all(r["path"] != r["query_path"] for r in json.loads((tmp_path / "same.json").read_text()))
+    folder = sorted((Path(data.root) / "cam1").iterdir())[0]
+    own = command("search_main", "--run", run, "--query", folder, "--gallery", Path(data.root) / "cam1", "--modality", "visible", "--gallery_modality", "visible", "--k", 2, "--device", "cpu", "--json", tmp_path / "own.json")
+    hits = json.loads((tmp_path / "own.json").read_text())                       # no skip rule here: an image would find itself first
+    assert own.returncode == 0 and hits and all(r["path"] != r["query_path"] for r in hits) and {r["rank"] for r in hits} == {1, 2}
     for words in (("--k", 0), ("--limit", 0), ("--gallery_modality", "foo")): assert "expected" in command("search_main", "--run", run, *words).stderr
     assert lone.returncode == 0 and "unknown" in (tmp_path / "p.html").read_text()
     bad = command("search_main", "--run", run, "--query", tmp_path / "none.jpg")
