@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'SOURCES', 'HEADS', 'KEEP', 'MAY_DIFFER', 'Config', 'config', 'check', 'show_config', 'learning_rate',
-           'make_optimiser', 'draws', 'shares', 'Batches', 'choose_precision', 'make_accelerator', 'gather',
+           'make_optimiser', 'draws', 'shares', 'Batches', 'choose_precision', 'uses_gpu', 'make_accelerator', 'gather',
            'recompute_blocks', 'checkpoints', 'write_whole', 'save_checkpoint', 'load_checkpoint', 'random_states',
            'set_random_states', 'differences', 'Log', 'read_log', 'plot_log', 'Curves', 'Interrupted', 'NonFinite',
            'Signals', 'keep_freed_memory', 'Run', 'versions', 'fingerprint', 'describe', 'train', 'finish', 'options',
@@ -286,6 +286,12 @@ def choose_precision(
     if device.type == "cuda": return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
+def uses_gpu(
+    c,  # `Config`
+):      # whether it trains on one
+    "Every device but the processor is a GPU of CUDA's."
+    return c.device != "cpu" and torch.cuda.is_available()
+
 def make_accelerator(
     c,  # `Config`
 ):      # `accelerate.Accelerator`
@@ -295,7 +301,7 @@ def make_accelerator(
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     if c.device == "cuda" and not torch.cuda.is_available(): raise UserError("device = 'cuda', but PyTorch finds no GPU here; use cpu or auto")
-    cpu = c.device == "cpu" or not torch.cuda.is_available()
+    cpu = not uses_gpu(c)
     precision = choose_precision(c, torch.device("cpu" if cpu else "cuda"))
     AcceleratorState._reset_state(int(os.environ.get("WORLD_SIZE", 1)) == 1)      # a second run in this process may want another precision or device
     return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
@@ -742,8 +748,12 @@ def train(
         return out
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"the run folder {out} cannot be made ({e}); choose another") from None
-    run = Run(config, out)
-    with _alone(out) if run.rank == 0 else nullcontext(): return _train(run, resume, quiet)
+    try:
+        run = Run(config, out)
+        with _alone(out) if run.rank == 0 else nullcontext(): return _train(run, resume, quiet)
+    finally:
+        torch.set_flush_denormal(False)                                   # the processor's mode is the caller's again, and so is the memory
+        if not uses_gpu(config): keep_freed_memory(False)
 
 @contextmanager
 def _alone(folder):
@@ -778,9 +788,6 @@ def _train(run, resume, quiet):
         kept = [p.name for p in checkpoints(out / "checkpoints")]
         raise UserError(f"step {run.step}: {out} cannot be written ({e}); {f'{kept[-1]} is intact' if kept else 'there was no checkpoint yet'}. "
                         "Make room, then go on with --resume") from None
-    finally:
-        torch.set_flush_denormal(False)                                   # the processor's mode is the caller's again, and so is the memory
-        if run.device.type == "cpu": keep_freed_memory(False)
 
 def _memory(device):
     "Most memory that this process has used, in MB: the GPU's, or the process's."

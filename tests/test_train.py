@@ -356,7 +356,9 @@ def test_batches_in_an_earlier_batchs_memory_are_those_in_fresh_memory(small):
 def test_two_trainings_in_one_folder_are_refused(small, tmp_path):
     with T._alone(tmp_path):
         with pytest.raises(UserError, match="by another process"): T.train(small(), tmp_path, quiet=True)
+    assert torch.tensor(1e-40) * 0.5 > 0                                           # the refused one left the processor as it was
     T.train(small(), tmp_path, quiet=True)
+    assert torch.tensor(1e-40) * 0.5 > 0
 
 
 def test_momentum_is_defined_after_a_first_step_that_fp16_skips(small):
