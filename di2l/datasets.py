@@ -457,6 +457,7 @@ def in_parallel(
     chunk=32,      # numbers a thread takes at once
 ) -> list:  # messages of the `UserError`s, sorted
     "Threads, since PIL lets go of the interpreter while it decodes and resizes."
+    if workers is not None and workers < 1: raise UserError(f"workers = {workers}: expected 1 or more")
     bad = []
     def some(start):
         for i in range(start, min(start + chunk, n)):

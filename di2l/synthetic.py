@@ -16,7 +16,7 @@ __all__ = ['VERSION', 'PRESETS', 'SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNE
            'digest', 'already_there', 'write_images', 'room', 'write_benchmark', 'whole', 'option', 'main']
 
 # %% ../nbs/01_synthetic.ipynb #f2c5a2b5
-import argparse, difflib, hashlib, io, json, math, multiprocessing, os, shutil, sys, tempfile, warnings
+import argparse, difflib, hashlib, io, json, math, multiprocessing, os, shutil, signal, sys, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
@@ -1256,6 +1256,7 @@ def main(
     any_terminal()
     args = vars(p.parse_args(argv))
     out, preset, seed, workers, copy = (args.pop(k) for k in ("out", "preset", "seed", "workers", "json"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                               # by way of what tidies up
     try:
         write_benchmark(out, preset, seed, workers, **{k: v for k, v in args.items() if v is not None})
         if copy: shutil.copyfile(Path(out) / "benchmark.json", copy)

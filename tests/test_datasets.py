@@ -421,6 +421,13 @@ def test_a_finished_cache_beside_read_only_data_is_used(copy, tmp_path, monkeypa
     with pytest.warns(UserWarning), pytest.raises(UserError, match="set XDG_CACHE_HOME"): cache_images(data, (48, 24))
 
 
+@pytest.mark.parametrize("workers", [0, -1])
+def test_no_threads_are_no_number_of_threads(copy, tmp_path, workers):
+    data = read("regdb", copy("regdb"))
+    with pytest.raises(UserError, match=f"workers = {workers}: expected 1 or more"): cache_images(data, (40, 24), tmp_path, workers=workers)
+    with pytest.raises(UserError, match="expected 1 or more"): verify("regdb", data.root, workers=workers)
+
+
 def test_cache_without_positional_reads_and_writes(copy, tmp_path, monkeypatch):
     "As on Windows."
     data = read("regdb", copy("regdb"))

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -291,6 +292,16 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     def stop(*a): raise KeyboardInterrupt
     monkeypatch.setattr(synthetic, "write_lists", stop)
     with pytest.raises(KeyboardInterrupt): write_benchmark(tmp_path / "b", **SMALL)
+    assert left_behind(tmp_path) == []
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_end_that_a_cluster_asks_for_leaves_nothing(tmp_path, workers):
+    command = [sys.executable, "-c", "from di2l.synthetic import main; main()", str(tmp_path / "b"), "--workers", str(workers)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as program:
+        while program.poll() is None and not list(tmp_path.rglob("*.jpg")): time.sleep(0.05)
+        program.terminate()
+        assert program.wait(60) == 143
     assert left_behind(tmp_path) == []
 
 @pytest.mark.parametrize("knobs, message", [
