@@ -7,10 +7,11 @@ __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'S
            'PLAN', 'CONFIRM', 'SCORING', 'INCIDENTAL', 'GALLERIES', 'ALL_SEARCH', 'COLOURS', 'RIGHT', 'WRONG',
            'Experiment', 'define', 'ScaledDPA', 'FrozenStem', 'VisibleOnly', 'benchmark', 'shuffled', 'configuration',
            'identity', 'label', 'within', 'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path',
-           'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'run', 'chosen_queries', 'ranked_rows',
-           'both_directions', 'part_attention', 'write_gallery', 'read_gallery', 'results_frame', 'interval', 'paired',
-           'style', 'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'reproduce',
-           'beside', 'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
+           'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'missing', 'run', 'chosen_queries',
+           'ranked_rows', 'both_directions', 'part_attention', 'attention_summary', 'write_gallery',
+           'gallery_on_record', 'read_gallery', 'results_frame', 'interval', 'paired', 'style', 'save_figure',
+           'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'complete', 'reproduce', 'beside',
+           'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
 
 # %% ../nbs/10_experiments.ipynb #b48fa4fe
 import hashlib, json, os, re, shutil, sys
@@ -54,8 +55,9 @@ define("no-non-local", settings=dict(non_local=False))
 define("no-rca", settings=dict(rca=False))
 define("agw", settings=dict(method="agw"))
 define("average-baseline", settings=dict(method="caj", gem=1.0))
+define("average-dpa", settings=dict(gem=1.0, gamma=0.0))
 define("average-di2l", settings=dict(gem=1.0))
-TABLE2 = ("baseline", "dpa", "di2l", "no-non-local", "no-rca", "focal", "agw", "average-baseline", "average-di2l")
+TABLE2 = ("baseline", "dpa", "di2l", "no-non-local", "no-rca", "focal", "agw", "average-baseline", "average-dpa", "average-di2l")
 
 # %% ../nbs/10_experiments.ipynb #ef5c3195
 GAMMA = {0.0: "dpa", 0.5: "gamma-0.5", 1.0: "gamma-1", 2.0: "di2l", 3.0: "gamma-3", 5.0: "gamma-5"}
@@ -144,7 +146,7 @@ PLAN = {                                       # which (data seed, training seed
     **{name: [(d, 0) for d in (0, 1)] for name in EXPERIMENTS if name.startswith(("bench-", "long-", "hard-"))},
     "tiny": [(0, 0)],
 }
-CONFIRM = {name: [(d, s) for d in (2, 3) for s in range(3)] for name in ("baseline", "dpa", "di2l", "no-non-local", "no-rca", "agw")}   # besides: data that no choice was made on
+CONFIRM = {name: [(d, s) for d in (2, 3, 4, 5) for s in range(3)] for name in ("baseline", "dpa", "di2l", "no-non-local", "no-rca", "agw")}   # besides: data that no choice was made on
 
 # %% ../nbs/10_experiments.ipynb #4803f7fc
 def benchmark(
@@ -270,7 +272,8 @@ def score(
     modal = {m: within(features, dataset.records, m) for m in ("visible", "infrared")}
     ids = int(dataset.test.pid.nunique())
     out = dict(metrics={label(r.about): dict(r.to_dict(), identities=ids) for r in results}, within={m: v.row() for m, v in modal.items() if v},
-               confidence=training_confidence(net, dataset, images, device) if hasattr(net, "embed") else None, curve=curve(folder))
+               confidence=training_confidence(net, dataset, images, device) if hasattr(net, "embed") else None,
+               attention=attention_summary(net, dataset, images) if getattr(net, "dpa", None) else None, curve=curve(folder))
     return tidy(out), (net, dataset, images, features)
 
 def dump(
@@ -339,6 +342,14 @@ def trained(
     if (out / "summary.json").exists() and (out / "model.safetensors").exists(): return out
     return training.train(c, out, resume=(out / "checkpoints").exists(), quiet=quiet)
 
+def missing(
+    name, data_seed=0, seed=0,  # which run
+    results="results",          # folder of the records
+):                              # whether its record, or the gallery that goes with it, is yet to be made
+    "What `run` would make."
+    gallery = name in GALLERIES and (data_seed, seed) == (0, 0)
+    return recorded(name, data_seed, seed, results) is None or gallery and not gallery_on_record(name, results)
+
 def run(
     name,               # of an experiment
     data_seed=0,        # seed of the benchmark
@@ -349,8 +360,7 @@ def run(
     keep=False,         # keep the run's folder
 ):                      # the record
     "The recorded result of a run, or make it: benchmark, training, scoring, record."
-    found = recorded(name, data_seed, seed, results)
-    if found: return found
+    if not missing(name, data_seed, seed, results): return recorded(name, data_seed, seed, results)
     folder = trained(name, data_seed, seed, data, runs)
     outcome, parts = score(folder)
     summary, about = json.loads((folder / "summary.json").read_text()), json.loads((folder / "config.json").read_text())
@@ -420,6 +430,17 @@ def part_attention(
     net.dpa.keep_attention = False
     return torch.stack(out)
 
+def attention_summary(
+    net,       # a `DI2L` with part attention
+    dataset,   # `Dataset`
+    images,    # its `ImageCache`
+    most=200,  # test images looked at, evenly spaced
+):             # images looked at, mean weight of each stripe, and the share of images that give one stripe over 0.99
+    "Whether the part attention attends, or its softmax has saturated and always takes the same stripe."
+    rows = dataset.test.index.to_numpy()
+    weight = part_attention(net, images, dataset.records, rows[::-(-len(rows) // most)])
+    return dict(images=len(weight), mean=weight.mean(0).tolist(), saturated=(weight.max(1).values > 0.99).float().mean().item())
+
 def write_gallery(
     name,               # of the files
     record,             # of the run; its identity goes along
@@ -453,14 +474,22 @@ def write_gallery(
                 attention=part_attention(net, images, records, rows).tolist() if getattr(net, "dpa", None) else None)
     write_whole(folder / f"{name}.json", json.dumps(tidy(text, 4), ensure_ascii=False) + "\n")
 
+def gallery_on_record(
+    name,               # of an experiment in `GALLERIES`
+    results="results",  # folder of the records
+):                      # whether its gallery is there and of the run that its name says
+    "Galleries go stale as records do."
+    path = Path(results) / "galleries" / f"{name}.json"
+    return path.exists() and path.with_suffix(".png").exists() and json.loads(path.read_text(encoding="utf-8"))["identity"] == identity(experiment(name), 0, 0)
+
 def read_gallery(
     name,               # of an experiment in `GALLERIES`
     results="results",  # folder of the records
 ):                      # what `write_gallery` wrote, with `tiles` `(T,H,W,3)` uint8
-    "A gallery on record."
+    "A gallery on record; a `UserError` says where there is none, or a stale one."
     from PIL import Image
     path = Path(results) / "galleries" / f"{name}.json"
-    if not path.exists(): raise UserError(f"{path} is not there; `make results` makes it")
+    if not gallery_on_record(name, results): raise UserError(f"{path} is {'stale' if path.exists() else 'not there'}; `make results` makes it")
     g = json.loads(path.read_text(encoding="utf-8")); H, W = g["size"]
     sheet = np.asarray(Image.open(path.with_suffix(".png")))
     g["tiles"] = sheet.reshape(-1, H, g["across"], W, 3).swapaxes(1, 2).reshape(-1, H, W, 3)
@@ -580,11 +609,10 @@ def draw_cmc(
 def plan(
     only="*",            # pattern of names
     results="results",   # folder of the records
-    missing=True,        # only those without a fresh record
 ):                       # [(name, data seed, training seed), …]
     "What `make results` would make."
     rows = [(n, d, s) for pairs in (PLAN, CONFIRM) for n in pairs for d, s in pairs[n] if any(fnmatch(n, p) for p in only.split(","))]
-    return [r for r in rows if not missing or recorded(*r, results=results) is None]
+    return [r for r in rows if missing(*r, results=results)]
 
 def status(
     results="results",  # folder of the records
@@ -612,13 +640,24 @@ def make(
     for p in only.split(","):
         if not any(fnmatch(n, p) for n in PLAN): raise UserError(f"--only {p}: no experiment is called so; there are {', '.join(PLAN)}")
     jobs = [dict(name=n, data_seed=d, seed=s, data=str(data), runs=str(runs), results=str(results), workers=workers) for n, d, s in plan(only, results)]
-    for root in progress({(j["name"], j["data_seed"]) for j in jobs}, desc="benchmarks"): benchmark(experiment(root[0]), root[1], data)
-    failed = []
-    with progress(total=len(jobs), desc="runs", unit="run") as bar:
+    if not jobs: return []
+    roots, failed = sorted({(j["name"], j["data_seed"]) for j in jobs}), []
+    with progress(total=len(roots) + len(jobs), desc="benchmarks") as bar:
+        for name, seed in roots: benchmark(experiment(name), seed, data); bar.update(1)
+        bar.set_description("runs")
         for name, error in _map(jobs, workers):
             bar.update(1); bar.set_postfix_str(name)
             if error: failed.append((name, error)); print(f"{name}: {error}", file=sys.stderr)
     return failed
+
+def complete(
+    *names,        # experiments
+    folder="..",   # that holds `results`; benchmarks and runs go beside it
+):
+    "Make what is missing of some experiments' records, so that a notebook can draw them; at once where nothing is."
+    place = {k: Path(folder) / k for k in ("data", "runs", "results")}
+    failed = make(",".join(names), 1 if torch.cuda.is_available() else os.cpu_count() or 1, **place)
+    if failed: raise UserError("; ".join(f"{n}: {e}" for n, e in failed))
 
 def _map(jobs, workers):
     "Outcomes of the jobs, in this process or in several."
@@ -682,12 +721,13 @@ def readme_blocks(
         lines += [f"| {t} | {len(g)} | {cell(g['rank-1'])} | {cell(g['mAP'])} |" for n, t in (("baseline", "baseline (CAJ)"), ("dpa", "+ DPA"), ("di2l", "+ DPA + I2L")) for g in [full[full.name == n]]]
         def step(name, other, frame=full):
             mean, low, high, n = paired(frame, name, other, "mAP")
-            return f"{mean:+.1f} points of mAP (95 % interval {low:+.1f} to {high:+.1f}, {n} pairs: {'not to be told from zero' if low < 0 < high else 'it helps' if low > 0 else 'it hurts'})"
+            return f"{mean:+.1f} points of mAP (95 % interval {low:+.1f} to {high:+.1f}, {n} pairs: {'not to be told from zero' if low < 0 < high else 'seen'})"
         lines += ["", f"Paired on data and training seed, DPA changes the baseline by {step('dpa', 'baseline')}, and I2L changes that by {step('di2l', 'dpa')}. "
                   "`21_table2` has the rows that the paper leaves out, and asks why."]
         again = results_frame(("baseline", "dpa", "di2l"), results, planned=CONFIRM)
         if len(again) == 3 * len(CONFIRM["di2l"]):
-            lines[-1] += f" On two further data seeds, first made when all this was settled, the same two differences are {step('dpa', 'baseline', again)} and {step('di2l', 'dpa', again)}."
+            seeds = sorted({d for d, _ in CONFIRM["di2l"]})
+            lines[-1] += f" On data seeds {seeds[0]} to {seeds[-1]}, first made when all this was settled, the same two differences are {step('dpa', 'baseline', again)} and {step('di2l', 'dpa', again)}."
         blocks["table2"] = "\n".join(lines)
     return blocks | speed_block(results)
 

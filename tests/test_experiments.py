@@ -51,6 +51,7 @@ def test_record_holds_what_it_promises(made):
     assert {"identity", "config", "seed", "data_seed", "data", "device", "precision", "versions", "seconds", "metrics", "curve", "within", "confidence"} <= r.keys()
     assert r["metrics"][X.ALL_SEARCH]["trials"] and len(r["metrics"][X.ALL_SEARCH]["trials"]) == 10
     assert set(r["confidence"]) == {"visible", "infrared"} and len(r["curve"]["step"]) == r["config"]["steps"]
+    assert sum(r["attention"]["mean"]) == pytest.approx(1, abs=1e-4) and 0 <= r["attention"]["saturated"] <= 1 and r["attention"]["images"] > 100
     text = json.dumps(r)
     assert str(made[0]) not in text and str(Path.home()) not in text, "a machine's path in a record"
 
@@ -61,6 +62,30 @@ def test_stale_records_are_not_read(made, monkeypatch):
     changed = replace(X.EXPERIMENTS["tiny"], settings=dict(X.EXPERIMENTS["tiny"].settings, steps=13))
     monkeypatch.setitem(X.EXPERIMENTS, "tiny", changed)
     assert X.recorded("tiny", results=results) is None
+
+
+def test_a_gallery_is_missed_and_goes_stale_as_a_record_does(made, tmp_path, monkeypatch):
+    import shutil
+    monkeypatch.setattr(X, "GALLERIES", ("tiny",))
+    (tmp_path / "runs").mkdir(); shutil.copy(X.record_path("tiny", 0, 0, made[0] / "results"), tmp_path / "runs")
+    assert X.plan("tiny", tmp_path) == [("tiny", 0, 0)]
+    with pytest.raises(UserError, match="not there; `make results`"): X.read_gallery("tiny", tmp_path)
+    X.run("tiny", data=made[0] / "data", runs=made[0] / "runs", results=tmp_path)
+    assert X.plan("tiny", tmp_path) == [] and X.read_gallery("tiny", tmp_path)["tiles"].ndim == 4
+    path = tmp_path / "galleries" / "tiny.json"
+    path.write_text(json.dumps(dict(json.loads(path.read_text()), identity="another")))
+    assert X.plan("tiny", tmp_path) == [("tiny", 0, 0)]
+    with pytest.raises(UserError, match="stale; `make results`"): X.read_gallery("tiny", tmp_path)
+
+
+def test_a_notebook_makes_what_it_lacks_and_nothing_else(made, tmp_path, capsys):
+    import shutil
+    shutil.copytree(made[0] / "data", tmp_path / "data")
+    X.complete("tiny", folder=tmp_path)
+    first = X.record_path("tiny", 0, 0, tmp_path / "results").read_text()
+    assert json.loads(first)["metrics"] == made[1]["metrics"]
+    X.complete("tiny", folder=tmp_path)
+    assert X.record_path("tiny", 0, 0, tmp_path / "results").read_text() == first and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(synthetic.Settings) if f.name not in ("layout",)])

@@ -135,3 +135,10 @@ def test_repository_is_small():
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
     size = sum((ROOT / f).stat().st_size for f in files if f and (ROOT / f).exists())
     assert size < 15e6, f"the repository has {size / 1e6:.1f} MB"
+
+
+def test_every_planned_run_is_on_record():
+    "Looked at before the notebooks run: they would train for hours to make what is missing."
+    from di2l import experiments
+
+    assert experiments.plan(results=ROOT / "results") == [], "`make results` makes them"
