@@ -544,7 +544,7 @@ def style():
     "One look for all figures: small, printable, colour-blind safe."
     import matplotlib.pyplot as plt, seaborn as sns
     sns.set_theme(context="paper", style="ticks", palette=list(COLOURS), rc={"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                  "figure.dpi": 90, "savefig.dpi": 110, "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight", "svg.hashsalt": "di2l"})
+                  "figure.dpi": 90, "savefig.dpi": 160, "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight", "svg.hashsalt": "di2l"})
     return plt
 
 def save_figure(
@@ -569,7 +569,7 @@ def draw_grid(
     plt = style()
     rows = [q for kind in kinds for q in gallery["directions"][direction] if q["kind"] == kind]
     tiles, top = gallery["tiles"], len(rows[0]["ranked"]); H, W = gallery["size"]
-    fig, axes = plt.subplots(len(rows), top + 1, figsize=(0.62 * (top + 1.4), 0.62 * H / W * len(rows) * 1.08), gridspec_kw=dict(wspace=0.08, hspace=0.12))
+    fig, axes = plt.subplots(len(rows), top + 1, figsize=(0.62 * (top + 1.4), 0.62 * H / W * len(rows) * 1.08), gridspec_kw=dict(wspace=0.14, hspace=0.12))
     for line, q in zip(np.atleast_2d(axes), rows):
         for ax, tile, right in zip(line, [q["query"], *q["ranked"]], [None, *q["right"]]):
             ax.imshow(tiles[tile], interpolation="lanczos"); ax.set(xticks=[], yticks=[])
