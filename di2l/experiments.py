@@ -271,7 +271,10 @@ def score(
     results = [evaluation.evaluate_protocol(features, dataset.records, p) for p in datasets.protocols(dataset)]
     modal = {m: within(features, dataset.records, m) for m in ("visible", "infrared")}
     ids = int(dataset.test.pid.nunique())
-    out = dict(metrics={label(r.about): dict(r.to_dict(), identities=ids) for r in results}, within={m: v.row() for m, v in modal.items() if v},
+    metrics = {label(r.about): dict(r.to_dict(), identities=ids) for r in results}
+    for r in metrics.values():
+        for trial in r["trials"]: del trial["cmc"]                            # ten curves a protocol; the mean's stays
+    out = dict(metrics=metrics, within={m: v.row() for m, v in modal.items() if v},
                confidence=training_confidence(net, dataset, images, device) if hasattr(net, "embed") else None,
                attention=attention_summary(net, dataset, images) if getattr(net, "dpa", None) else None, curve=curve(folder))
     return tidy(out), (net, dataset, images, features)
@@ -544,7 +547,7 @@ def style():
     "One look for all figures: small, printable, colour-blind safe."
     import matplotlib.pyplot as plt, seaborn as sns
     sns.set_theme(context="paper", style="ticks", palette=list(COLOURS), rc={"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                  "figure.dpi": 90, "savefig.dpi": 160, "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight", "svg.hashsalt": "di2l"})
+                  "figure.dpi": 90, "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight", "svg.hashsalt": "di2l"})
     return plt
 
 def save_figure(
@@ -552,10 +555,11 @@ def save_figure(
     name,               # file name without ending
     table=None,         # the table behind it, a DataFrame
     folder="figures",   # where figures go
+    dpi=160,            # dots an inch
 ):
     "Write a figure as PNG, the same bytes every time, and the table behind it as CSV."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+    fig.savefig(folder / f"{name}.png", dpi=dpi, metadata={"Software": None})
     if table is not None: table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4f")
 
 # %% ../nbs/10_experiments.ipynb #9364968a

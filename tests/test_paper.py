@@ -171,8 +171,12 @@ def test_a_real_dataset_is_trained_evaluated_and_recorded_once(table1, tmp_path)
         made = sorted((root / "results" / "real").iterdir())
         assert [p.name for p in made] == ["sysu-di2l-t1.json"]
         assert str(tmp_path) not in made[0].read_text()
+        record = json.loads(made[0].read_text())
+        assert {"data", "device", "precision", "versions", "seconds", "metrics", "curve"} <= record.keys() and record["galleries"] == "drawn by seed"
         stamp = made[0].stat().st_mtime_ns
         assert space["real_row"]("DI2L", found, **small) == row and made[0].stat().st_mtime_ns == stamp
+        next((sysu / "cam1").rglob("*.jpg")).unlink()                                      # other images: another number
+        assert space["real_record"]("DI2L", "sysu", sysu, **small)["data"] != record["data"]
     finally: os.chdir(back)
     assert row["regdb mAP"] == "–" and 0 <= float(row["single rank-1"]) <= 100 and 0 <= float(row["multi mAP"]) <= 100
     assert set(space["real_row"]("DDAG", found).values()) == {"–"}
