@@ -78,7 +78,7 @@ define("choose-pool", settings=dict(retrieve="pool", **CHOICES));   # retrieving
 
 @dataclass(frozen=True)
 class ScaledDPA(model.DI2LMethod):
-    "A question to Eq. 4: its exponents divided by √d, as dot-product attention usually has them, so that the softmax does not saturate."
+    "A question to Eq. 4: its exponents divided by √d, as dot-product attention usually has them, to keep the softmax from saturating."
     def network(self, num_ids):
         net = super().network(num_ids)
         net.dpa.u.register_forward_hook(lambda module, inputs, out: out / out.shape[1] ** 0.5)
