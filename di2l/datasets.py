@@ -1036,15 +1036,26 @@ class Report:
         return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=checks, problems=problems, notes=self.notes)
 
 
+def _to_follow(
+    folder: Path,  # what a walk comes to
+    followed,      # set of folders, the dataset's and those behind links, that the walk goes through anyway; gets one more
+) -> bool:
+    "A link is followed once, and neither in circles nor to the folder that the dataset lies in."
+    if not folder.is_symlink(): return True
+    target = folder.resolve()
+    if any(target == f or f in target.parents or target in f.parents for f in followed): return False
+    followed.add(target)
+    return True
+
 def walk_images(
     root: Path,  # of a dataset
     problems,    # list that unreadable folders are added to
 ) -> tuple:  # paths of images, paths of other files, both relative and sorted
     "Every file below the root, apart from what file managers leave."
-    images, others = [], []
+    images, others, followed = [], [], {Path(root).resolve()}
     fail = lambda e: complain(problems, f"{e.filename}: cannot be read ({e.strerror}); every folder of the dataset must be readable: check its permissions (chmod -R u+rX)")
-    for folder, inner, files in os.walk(root, onerror=fail):
-        inner[:] = sorted(d for d in inner if not JUNK.match(d))
+    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
+        inner[:] = sorted(d for d in inner if not JUNK.match(d) and _to_follow(Path(folder, d), followed))
         below = Path(folder).relative_to(root).as_posix()
         for f in files:
             if not JUNK.match(f): (images if is_image(f) else others).append(f if below == "." else f"{below}/{f}")
@@ -1156,8 +1167,8 @@ def verify(
     images, others = walk_images(root, problems)
     known = {r[0] for r in rows}
     problems += [f"{root / p}: is misplaced: no identity's folder or list of the dataset holds it; move it where it belongs or away" for p in images if p not in known]
-    _check_images(root, images, deep, workers, problems, notes)
-    strays = [p for p in others if not p.endswith((".txt", ".mat", ".json"))]
+    _check_images(root, sorted({*images, *known}), deep, workers, problems, notes)      # a reader may know what a walk does not find
+    strays = [p for p in others if p not in known and not p.endswith((".txt", ".mat", ".json"))]
     if strays: notes.append(f"{len(strays)} files are no images and are ignored: {', '.join(strays[:5])}{' …' if len(strays) > 5 else ''}")
     if made: notes.append(f"{made}: this is {'the embedded benchmark, whose counts are its own' if made == 'benchmark.json' else 'a stand-in with flat-coloured images, not the dataset'}")
     if made == "benchmark.json": checks = [(w, None, f) for w, _, f in checks]

@@ -690,6 +690,44 @@ def test_standin_refuses_a_folder_in_use(bases):
     with pytest.raises(UserError, match="no dataset is called 'cuhk'"): write_standin("cuhk", bases["sysu"].parent / "new")
 
 
+# --- what di2l_verify must not overlook
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_images_behind_a_link_are_looked_into(copy, deep):
+    root = copy("sysu")
+    (root / "cam6").rename(root.parent / "disk2")
+    (root / "cam6").symlink_to(root.parent / "disk2")
+    (root / "cam1/circle").symlink_to(root), (root / "above").symlink_to(root.parent), (root.parent / "disk2/0001/circle").symlink_to(root.parent / "disk2")
+    assert not verify("sysu", root, deep).problems
+    emptied = sorted((root / "cam6").glob("*/*.jpg"))[:20]
+    for f in emptied: f.write_bytes(b"")
+    shutil.move(first(root), root.parent / "disk2/misplaced.jpg")
+    problems = verify("sysu", root, deep).problems
+    assert [p.partition(":")[0] for p in problems if "is empty" in p] == list(map(str, emptied)) and any("cam6/misplaced.jpg: is misplaced" in p for p in problems)
+
+
+def test_two_cameras_behind_one_folder_are_both_looked_into(copy):
+    root = copy("sysu")
+    shutil.rmtree(root / "cam6"); (root / "cam6").symlink_to(root / "cam3")
+    empty = sorted((root / "cam3").glob("*/*.jpg"))[0]
+    empty.write_bytes(b"")
+    assert {p.partition(":")[0] for p in verify("sysu", root).problems if "is empty" in p} == {str(empty), str(empty).replace("cam3", "cam6")}
+
+
+def folder_for_image(root): f = first(root, "regdb"); f.unlink(); f.mkdir(); return f
+def listed_gif(root):
+    f = first(root, "regdb"); f.unlink()
+    for t in (root / "idx").glob("*.txt"): t.write_text(t.read_text().replace(f.name, f"{f.stem}.gif"))
+    return write(root, f.relative_to(root).with_suffix(".gif"), b"")
+
+@pytest.mark.parametrize("damage, says", [(folder_for_image, "cannot be read"), (listed_gif, "is empty")])
+def test_what_a_list_names_is_looked_into_whatever_it_is(copy, damage, says):
+    root = copy("regdb")
+    file = damage(root)
+    (problem,) = verify("regdb", root).problems
+    assert problem.startswith(f"{file}: ") and says in problem
+
+
 # --- command line
 
 def command(*args): return subprocess.run([sys.executable, "-c", "from di2l.datasets import verify_main; import sys; sys.exit(verify_main())", *map(str, args)], capture_output=True, text=True)
