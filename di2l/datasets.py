@@ -1062,25 +1062,37 @@ def walk_images(
     return sorted(images), sorted(others)
 
 
-ENDS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}  # how a whole file ends
+ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # how a whole JPEG and PNG end, by how they begin; other kinds do not say
+
+def _finished_jpeg(
+    data: bytes,  # a file's content
+) -> bool:
+    "Its end-of-image marker comes after its pixels: the one of a preview in its header does not count, and what some cameras write after it does not matter."
+    at = 2
+    while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda": at += 1 if data[at + 1:at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2:at + 4], "big")
+    return ENDS[b"\xff\xd8"] in data[at:]
+
+def _check_whole(file):
+    "Decode all of an image; returns its content."
+    data = read_bytes(file)
+    decode(data, file=file)
+    if data[:2] == b"\xff\xd8" and not _finished_jpeg(data): raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
+    return data
 
 def check_image(
     file,        # path
-    deep: bool,  # decode all of it; otherwise only if its end is missing
+    deep: bool,  # decode all of it; otherwise only if its end is missing, or its kind has none
 ) -> bytes:  # digest of the content if deep
     "Raises `UserError` for an image that cannot be used."
-    if deep:
-        data = read_bytes(file)
-        decode(data, file=file)
-        return _digest(data)
+    if deep: return _digest(_check_whole(file))
     try:
         with open(file, "rb") as f:
-            bytes_ = f.seek(0, 2)
+            begin, bytes_ = f.read(2), f.seek(0, 2)
             f.seek(max(0, bytes_ - 64)); end = f.read()
             f.seek(0)
             if bytes_: _open(file, f)
     except OSError as e: raise UserError(f"{file}: cannot be read ({e.strerror}); check its permissions or {AGAIN}") from None
-    if ENDS.get(Path(file).suffix.lower(), b"?") not in end: decode(read_bytes(file), file=file)
+    if begin not in ENDS or ENDS[begin] not in end: _check_whole(file)
 
 # %% ../nbs/00_datasets.ipynb #85f59804
 def _check_images(root, images, deep, workers, problems, notes):

@@ -728,6 +728,33 @@ def test_what_a_list_names_is_looked_into_whatever_it_is(copy, damage, says):
     assert problem.startswith(f"{file}: ") and says in problem
 
 
+@pytest.mark.parametrize("ending", ["bmp", "tiff", "jpg", "png"])
+def test_truncation_shows_whatever_the_last_bytes_are(tmp_path, ending):
+    file = tmp_path / f"a.{ending}"
+    Image.new("RGB", (16, 32), (63, 63, 63)).save(file)                                                     # 63 is "?"
+    for deep in False, True: check_image(file, deep)
+    file.write_bytes(file.read_bytes()[:-100 if ending in ("jpg", "png") else 800] + b"????")
+    for deep in False, True:
+        with pytest.raises(UserError, match="is damaged|is truncated|no readable image"): check_image(file, deep)
+
+
+def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
+    file, noise = tmp_path / "a.jpg", Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8))
+    noise.resize((8, 8)).save(tmp_path / "preview.jpg")
+    preview = (tmp_path / "preview.jpg").read_bytes()
+    header = b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview                                  # has an end-of-image marker of its own
+    for kind in dict(progressive=True), {}:
+        noise.save(file, quality=90, **kind)
+        data = file.read_bytes()
+        whole = data[:2] + b"\xff" + header + data[2:]                                                       # and a fill byte
+        for tail in b"", b"\0" * 5000, b"what a camera adds " * 20:
+            for deep in False, True: file.write_bytes(whole + tail); check_image(file, deep)
+        for deep in False, True:
+            file.write_bytes(whole[:len(whole) // 2 + 500] + bytes(len(whole) // 2 - 500))
+            with pytest.raises(UserError, match="a.jpg: is truncated, for it has no end-of-image marker; copy it again|is damaged"): check_image(file, deep)
+    assert read_image(file).shape == (64, 32, 3), "which PIL decodes without a word"
+
+
 # --- command line
 
 def command(*args): return subprocess.run([sys.executable, "-c", "from di2l.datasets import verify_main; import sys; sys.exit(verify_main())", *map(str, args)], capture_output=True, text=True)
