@@ -13,7 +13,7 @@ __all__ = ['MODALITIES', 'ENDINGS', 'COLUMNS', 'SYSU_CAMERAS', 'MAX_PIXELS', 'MI
            'write_standin', 'Report', 'walk_images', 'check_image', 'verify', 'verify_main']
 
 # %% ../nbs/00_datasets.ipynb #76c1722f
-import contextlib, hashlib, inspect, io, json, os, re, shutil, sys, threading, warnings, zipfile
+import contextlib, hashlib, inspect, io, json, os, re, shutil, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
@@ -599,19 +599,28 @@ def _write_index(index, stamps, digests, store):
         f.flush(); os.fsync(f.fileno())
     os.replace(index.with_suffix(".partial"), index)
 
-def _finished(index, root, paths):
-    "The memory map named by a finished index, if no file has changed; else None."
+def _indexed(index, shape):
+    "What a finished index holds, and the memory map that it names; None if there is none, or either is damaged."
     try:
         with np.load(index) as file: known = dict(file)
-        then, store = known["stamps"], index.with_name(str(known["store"]))
-        if store.stat().st_size != known["bytes"]: return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile): return None
-    now = stamps(root, paths)
-    if not np.array_equal(now[:, 0], then[:, 0]): return None
-    touched = np.flatnonzero((now != then).any(1))  # written again or copied: does the content differ?
+        store = index.with_name(str(known["store"]))
+        images = np.load(store, mmap_mode="r")
+        whole = store.stat().st_size == known["bytes"] and images.shape == shape and images.dtype == np.uint8
+        return (known, store) if whole and known["stamps"].shape == (shape[0], 3) and known["digests"].shape == (shape[0], 16) else None
+    except Exception: return None  # NumPy, zipfile and tokenize raise all kinds of errors for damaged files
+
+def _finished(index, root, paths, size, alone=False):
+    "The memory map named by a finished index, if no file has changed; else None. Only who is alone, having locked the index, renews it."
+    found = _indexed(index, (len(paths), *size, 3))
+    if found is None: return None
+    (known, store), now = found, stamps(root, paths)
+    if not np.array_equal(now[:, 0], known["stamps"][:, 0]): return None
+    touched = np.flatnonzero((now != known["stamps"]).any(1))  # written again or copied: does the content differ?
+    renew = len(touched) and os.access(index, os.W_OK) and os.access(index.parent, os.W_OK)
+    if renew and not alone: return None
     for i in touched:
         if _digest(read_bytes(os.path.join(root, paths[i]))) != known["digests"][i].tobytes(): return None
-    if len(touched) and os.access(index, os.W_OK): _write_index(index, now, known["digests"], store)
+    if renew: _write_index(index, now, known["digests"], store)
     return store
 
 
@@ -642,16 +651,16 @@ def cache_images(
     paths = sorted(records.path)
     key = hashlib.sha256(json.dumps([CACHE_VERSION, dataset.name, size, paths]).encode()).hexdigest()[:16]
     name = f"{dataset.name}-{size[0]}x{size[1]}-{key}.npz"
-    store = _finished(Path(dataset.root) / ".di2l_cache" / name, dataset.root, paths) if folder is None else None      # it may be there and not be ours to write
+    store = _finished(Path(dataset.root) / ".di2l_cache" / name, dataset.root, paths, size) if folder is None else None      # it may be there and not be ours to write
     if store is not None: return ImageCache(store, np.searchsorted(paths, dataset.records.path))
     folder = Path(folder) if folder else cache_folder(dataset)
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise UserError(f"{folder}: the image cache cannot be made there ({e.strerror}); set XDG_CACHE_HOME to a folder with room") from None
     index = folder / name
-    store = _finished(index, dataset.root, paths)
+    store = _finished(index, dataset.root, paths, size)
     if store is None:
         with _locked(index.with_suffix(".lock")):
-            store = _finished(index, dataset.root, paths) or _write(index, dataset.root, paths, size, workers)
+            store = _finished(index, dataset.root, paths, size, alone=True) or _write(index, dataset.root, paths, size, workers)
     return ImageCache(store, np.searchsorted(paths, dataset.records.path))
 
 # %% ../nbs/00_datasets.ipynb #97aef2dc

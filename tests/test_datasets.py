@@ -390,6 +390,42 @@ def test_damaged_cache_is_built_again(copy):
         assert cache_images(data, (40, 24))[[len(data.records) - 1]].shape == (1, 3, 40, 24)
 
 
+def test_cache_damaged_at_any_place_is_built_again(copy):
+    "Every byte of the headers and some of the rest; NumPy meets them with errors of many kinds."
+    data = read("regdb", copy("regdb"))
+    cache = cache_images(data, (16, 8))
+    (index,), paths, rng = (data.root / ".di2l_cache").glob("*.npz"), sorted(data.records.path), np.random.default_rng(0)
+    for file in index, cache.path:
+        good = file.read_bytes()
+        for place in [*range(128), *rng.integers(0, len(good), 60), *(len(good) - rng.integers(1, 300, 60))]:
+            file.write_bytes(good[:place] + bytes([good[place] ^ int(rng.integers(1, 256))]) + good[place + 1:])
+            assert datasets._finished(index, data.root, paths, (16, 8)) in (None, cache.path)
+        file.write_bytes(good)
+    for place in 0, 7, 20, 70:
+        cache.path.write_bytes(good[:place] + b"\xff" + good[place + 1:])                                   # as long as before
+        assert torch.equal(cache_images(data, (16, 8))[[5]], cache[[5]])
+
+
+def test_a_cache_copied_with_its_dataset_is_opened_by_many_processes_at_once(copy):
+    "Each finds all files touched and the index to be renewed."
+    import multiprocessing
+    data = read("regdb", copy("regdb"))
+    cache_images(data, (16, 8))
+    context = multiprocessing.get_context("fork")
+    barrier, said = context.Barrier(8), context.SimpleQueue()
+    def one():
+        for _ in range(5):
+            barrier.wait(60)
+            try: cache_images(data, (16, 8)); said.put("")
+            except Exception as e: said.put(f"{type(e).__name__}: {e}")
+            if not barrier.wait(60): [(data.root / p).touch() for p in data.records.path]
+    processes = [context.Process(target=one) for _ in range(8)]
+    for p in data.records.path: (data.root / p).touch()
+    for p in processes: p.start()
+    for p in processes: p.join(120)
+    assert [p.exitcode for p in processes] == [0] * 8 and [said.get() for _ in range(40)] == [""] * 40
+
+
 def test_cache_is_shared_by_processes_and_threads(copy, monkeypatch):
     root, calls = copy("regdb"), built(monkeypatch)
     data, got = read("regdb", root), []
