@@ -495,17 +495,20 @@ class ImageCache:
         rows,        # which of its images belong to the records, in their order (N,)
     ):
         self.path, self.rows = Path(path), np.asarray(rows)
-        store = np.load(self.path, mmap_mode="r")
+        try:
+            if hasattr(os, "preadv"): self.file = os.open(self.path, os.O_RDONLY)      # at once: another process may build a new cache and remove this file
+            store = np.load(self.path, mmap_mode="r")
+        except OSError as e: raise UserError(f"{self.path}: cannot be read ({e.strerror}); the image cache was built anew or removed: call cache_images again") from None
         whole = np.array_equal(self.rows, np.arange(len(store)))
         self.images = store if whole else Rows(store, self.rows)  # (N, H, W, 3) uint8, row i belongs to row i of the records
-        self.start, self.bytes, self.file = store.offset, int(np.prod(store.shape[1:])), None
+        self.start, self.bytes = store.offset, int(np.prod(store.shape[1:]))
 
     def __len__(self): return len(self.rows)
     def __repr__(self): return f"{len(self)} images of {self.images.shape[1]}×{self.images.shape[2]} in {self.path}"
     def __getstate__(self): return {**self.__dict__, "images": None, "file": None}
     def __setstate__(self, state): self.__init__(state["path"], state["rows"])
     def __del__(self):
-        if getattr(self, "file", None) is not None: os.close(self.file)
+        if getattr(self, "file", None) is not None: os.close(self.file)      # none where it could not be opened
 
     def __getitem__(self, rows): return self.read(rows)
 
@@ -520,7 +523,6 @@ class ImageCache:
         if out is None or len(out) != len(rows): out = torch.from_numpy(np.empty((len(rows), *self.images.shape[1:]), np.uint8)).permute(0, 3, 1, 2)
         batch = out.permute(0, 2, 3, 1).numpy()  # (B,H,W,3), the same memory
         if hasattr(os, "preadv"):
-            if self.file is None: self.file = os.open(self.path, os.O_RDONLY)
             for image, row in zip(batch, self.rows[rows].tolist()):
                 if os.preadv(self.file, [image], self.start + row * self.bytes) < self.bytes: raise UserError(f"{self.path} has become shorter while it was open; delete it and start again")
         else: batch[:] = self.images[rows]
@@ -640,6 +642,13 @@ def _write(index, root, paths, size, workers):
     return store
 
 # %% ../nbs/00_datasets.ipynb #1a147fbc
+def _height_and_width(size):
+    "A size that an image can have."
+    try: height, width = map(int, size)
+    except (TypeError, ValueError): height = width = 0
+    if min(height, width) < 1: raise UserError(f"size = {size}: expected height and width in pixels, such as (288, 144)")
+    return height, width
+
 def cache_images(
     dataset: Dataset,   # whose images are needed
     size=(288, 144),    # (H, W) in pixels
@@ -647,7 +656,7 @@ def cache_images(
     workers=None,       # threads that decode; None: one a core
 ) -> ImageCache:
     "Every image of the dataset decoded and resized once; later calls open what is there, unless a file has changed."
-    records, size = dataset.records if dataset.source is None else dataset.source, tuple(int(s) for s in size)
+    records, size = dataset.records if dataset.source is None else dataset.source, _height_and_width(size)
     paths = sorted(records.path)
     key = hashlib.sha256(json.dumps([CACHE_VERSION, dataset.name, size, paths]).encode()).hexdigest()[:16]
     name = f"{dataset.name}-{size[0]}x{size[1]}-{key}.npz"
@@ -679,6 +688,7 @@ class IdentitySampler:
         self.ids, self.counts, self.seed, self.rank, self.world = ids, dict(zip(MODALITIES, (visible, infrared))), seed, rank, world
         for what, n in (("ids", ids), ("visible", visible), ("infrared", infrared)):
             if n < 1: raise UserError(f"{what} = {n}; a batch needs at least 1")
+        if world < 1 or rank not in range(world): raise UserError(f"rank = {rank}, world = {world}; of 2 processes that share a batch, world = 2, one has rank 0 and the other rank 1")
         if ids % world: raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
         self.pids = self._with_both(records)
         if len(self.pids) < ids: raise UserError(f"{len(self.pids)} identities have both modalities, and a batch needs {ids}; give a smaller ids or more data")

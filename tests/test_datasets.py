@@ -479,6 +479,20 @@ def test_a_cache_that_shrinks_while_open_is_said(copy, tmp_path):
     with pytest.raises(UserError, match="has become shorter"): cache[[1]]
 
 
+def test_an_open_cache_outlives_its_rebuilding(copy):
+    data = read("regdb", copy("regdb"))
+    open_, expected = cache_images(data, (16, 8)), cache_images(data, (16, 8))[[3]]
+    Image.new("RGB", (16, 32), (9, 9, 9)).save(data.root / data.records.path[3])
+    assert not torch.equal(cache_images(data, (16, 8))[[3]], expected) and not open_.path.exists()
+    assert torch.equal(open_[[3]], expected)
+    with pytest.raises(UserError, match="was built anew or removed: call cache_images again"): pickle.loads(pickle.dumps(open_))
+
+
+@pytest.mark.parametrize("size", [(0, 8), (-4, 8), (16,), 16, (16, 8, 3), "ab"])
+def test_sizes_that_no_image_has(bases, tmp_path, size):
+    with pytest.raises(UserError, match="expected height and width in pixels"): cache_images(read("regdb", bases["regdb"]), size, tmp_path)
+
+
 def test_too_little_space_is_said_before_anything_is_written(copy, monkeypatch):
     data = read("regdb", copy("regdb"))
     monkeypatch.setattr(datasets.shutil, "disk_usage", lambda p: os.terminal_size((0, 0)) and type("Usage", (), dict(free=1000)))
@@ -547,6 +561,8 @@ def test_sampler_refuses_what_cannot_be():
     with pytest.raises(UserError, match="6 identities have both modalities, and a batch needs 8"): IdentitySampler(r)
     with pytest.raises(UserError, match="ids = 4 cannot be shared by 3 processes"): IdentitySampler(r, 4, world=3)
     with pytest.raises(UserError, match="repeats = 0"): IdentitySampler(r, 4, repeats=0)
+    for wrong in (dict(world=0), dict(world=-2), dict(rank=5, world=2), dict(rank=-1, world=2), dict(rank=1)):
+        with pytest.raises(UserError, match="that share a batch"): IdentitySampler(r, 4, **wrong)
     for wrong in (dict(ids=0), dict(visible=0), dict(infrared=-1)):
         with pytest.raises(UserError, match="at least 1"): IdentitySampler(r, **{"ids": 4, **wrong})
 
