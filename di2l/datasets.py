@@ -145,12 +145,21 @@ def read_text(
     return []
 
 
+def _whole(number):
+    "The digits of a whole number of whatever type; what is none, as it is."
+    try: return str(int(number)) if number == int(number) else str(number)
+    except (TypeError, ValueError, OverflowError): return str(number)
+
 def _id_words(path, problems):
     "What stands in a split file of identities."
     if Path(path).suffix != ".mat": return [w for line in read_text(path, problems) for w in re.split(r"[,\s]+", line) if w]
     from scipy.io import loadmat
-    try: return [str(int(i)) for i in loadmat(path)["id"].ravel()]
-    except Exception: complain(problems, f"{path}: holds no variable `id`; expected the split file as its authors distribute it: take it again from them"); return []
+    try: content = Path(path).read_bytes()
+    except OSError as e: complain(problems, f"{path}: cannot be read ({e.strerror}); it comes with the dataset: check that it exists, and its permissions"); return []
+    try: return [_whole(i) for i in loadmat(io.BytesIO(content))["id"].ravel()]
+    except KeyError: complain(problems, f"{path}: holds no variable `id`; expected the split file as its authors distribute it: take it again from them")
+    except Exception as e: complain(problems, f"{path}: is no readable .mat file ({type(e).__name__}); expected the split file as its authors distribute it: take it again from them")
+    return []
 
 def read_ids(
     path: Path,     # `.txt` with comma-separated numbers, or `.mat` with the variable `id`
@@ -810,8 +819,8 @@ def read_permutations(
 ):  # [camera − 1][identity − 1] → (10, n) permutations of 1…n
     "The official gallery draws."
     from scipy.io import loadmat
-    try: table = loadmat(path)["rand_perm_cam"]
-    except OSError: raise UserError(f"{path}: not found; get rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split), or leave it out to draw galleries by seed") from None
+    try: table = loadmat(os.fspath(path))["rand_perm_cam"]
+    except OSError as e: raise UserError(f"{path}: {'not found' if isinstance(e, FileNotFoundError) else f'cannot be read ({e.strerror or e})'}; get rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split), or leave it out to draw galleries by seed") from None
     except Exception: raise UserError(f"{path}: is not the official rand_perm_cam.mat; get it from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
     return [[cell[0] for cell in cam[0]] for cam in table]
 
@@ -921,13 +930,16 @@ def _sysu_counts_by_totals():
             counts.update({(cam, p): c for p, c in zip(who, _evenly(images, len(who)))})
     return counts, splits
 
+def _counts_by_permutations(permutations):
+    "(camera, identity) → images: as many as each permutation has numbers."
+    return {(c, p): o.shape[1] for c, cam in enumerate(read_permutations(permutations), 1) for p, o in enumerate(cam, 1) if o.shape[1]}
+
 def sysu_counts(
     permutations=None,  # official `rand_perm_cam.mat`, with `test_id.mat` and `train_id.mat` beside it; None: even counts with the same totals
 ) -> tuple:  # {(camera, identity): images}, {split: identities}
     "How many images of whom SYSU-MM01 has from each camera."
     if permutations is None: return _sysu_counts_by_totals()
-    table, beside = read_permutations(permutations), Path(permutations).parent
-    counts = {(c, p): o.shape[1] for c, cam in enumerate(table, 1) for p, o in enumerate(cam, 1) if o.shape[1]}
+    counts, beside = _counts_by_permutations(permutations), Path(permutations).parent
     splits = {s: read_ids(beside / f"{s}_id.mat") for s in ("train", "test")}
     seen = {m: {p for c, p in counts if SYSU_CAMERAS[c] == m} for m in MODALITIES}
     splits["val"] = sorted((seen["visible"] & seen["infrared"]) - set(splits["train"]) - set(splits["test"]))
@@ -1149,7 +1161,7 @@ def _verify_sysu(root, official, permutations, problems, notes):
     root, rows = _scan_sysu(root, problems)
     alone = _numbers(rows)[1] - _both(rows)
     if alone: notes.append(f"{alone} identities have one modality only" + (", as in the official dataset, where they stand in no split" if alone == 22 else "") + "; they are neither trained on nor tested")
-    if official: _gaps(root, rows, sysu_counts(permutations)[0] if permutations else None, problems)
+    if official: _gaps(root, rows, _counts_by_permutations(permutations) if permutations else None, problems)
     pool = lambda *cams: len({(r[1], r[2]) for r in rows if r[4] == "test" and r[2] in cams})
     checks = [("visible images", 30071, _numbers(rows, None, "visible")[0]), ("infrared images", 15792, _numbers(rows, None, "infrared")[0])]
     checks += [(f"camera {c} ({m})", sum(t[1].get(c, (0,))[0] for t in SYSU_TOTALS.values()), sum(r[2] == c for r in rows)) for c, m in SYSU_CAMERAS.items()]

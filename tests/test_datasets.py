@@ -238,6 +238,27 @@ def test_bad_tree_is_refused_by_the_reader_and_reported_by_verify(copy, what):
     assert not report.ok and any(str(file) in p for p in report.problems)
 
 
+@pytest.mark.parametrize("ids, says", [([6.5, 10], "'6.5' is no identity"), ([float("nan")], "'nan' is no identity"), ([float("inf")], "'inf' is no identity"), (["six"], "'six *' is no identity"), ([-3], "'-3' is no identity")])
+def test_mat_files_of_other_things_than_whole_numbers(tmp_path, ids, says):
+    from scipy.io import savemat
+    savemat(tmp_path / "test_id.mat", {"id": np.array([ids])})
+    with pytest.raises(UserError, match=says): read_ids(tmp_path / "test_id.mat")
+    savemat(tmp_path / "test_id.mat", {"id": np.array([[6.0, 10.0]])})
+    assert read_ids(tmp_path / "test_id.mat") == [6, 10]
+
+
+def test_mat_files_that_are_none_say_what_they_are(tmp_path):
+    from scipy.io import savemat
+    file = tmp_path / "test_id.mat"
+    with pytest.raises(UserError, match="cannot be read .No such file.*check that it exists"): read_ids(file)
+    savemat(file, {"ids": np.arange(3)})
+    with pytest.raises(UserError, match="holds no variable `id`"): read_ids(file)
+    file.write_bytes(file.read_bytes()[:140])
+    with pytest.raises(UserError, match="is no readable .mat file|holds no variable"): read_ids(file)
+    file.write_text("6,10")
+    with pytest.raises(UserError, match="is no readable .mat file"): read_ids(file)
+
+
 def test_windows_line_endings_and_byte_order_mark_change_nothing(copy):
     for name in BASES:
         root = copy(name)
@@ -721,6 +742,13 @@ def test_verify_names_one_lost_image_among_45863(true_scale, sysu_protocol_files
         (problem,) = verify("sysu", true_scale, permutations=sysu_protocol_files / "rand_perm_cam.mat").problems
         assert str(lost.parent) in problem
     finally: lost.write_bytes(kept)
+
+
+def test_permutations_may_lie_alone(true_scale, sysu_protocol_files, tmp_path):
+    "The command of the README: the identities are in the dataset's own exp."
+    shutil.copy(sysu_protocol_files / "rand_perm_cam.mat", tmp_path)
+    if "official" in json.loads((true_scale / "standin.json").read_text())["counts"]: assert verify("sysu", true_scale, permutations=tmp_path / "rand_perm_cam.mat").ok
+    with pytest.raises(UserError, match="train_id.mat: cannot be read .No such file"): sysu_counts(tmp_path / "rand_perm_cam.mat")
 
 
 def test_full_regdb_standin_is_complete(scratch):
