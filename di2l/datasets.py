@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MODALITIES', 'ENDINGS', 'COLUMNS', 'SYSU_CAMERAS', 'MAX_PIXELS', 'MIN_SIDE', 'AGAIN', 'CACHE_VERSION', 'DIRECTIONS',
            'SYSU_TOTALS', 'ALONE', 'LLCM_TOTALS', 'VARIANTS', 'JUNK', 'ENDS', 'UserError', 'any_terminal', 'cli',
-           'progress', 'Dataset', 'complain', 'is_image', 'listing', 'read_text', 'read_ids', 'dataset_root',
-           'read_sysu', 'read_list', 'read_regdb', 'read_llcm', 'read_dataset', 'hold_out', 'class_labels',
-           'read_bytes', 'decode', 'read_image', 'in_parallel', 'Rows', 'ImageCache', 'cache_folder', 'stamps',
-           'cache_images', 'IdentitySampler', 'Protocol', 'direction_of', 'draw_gallery', 'read_permutations',
+           'progress', 'Dataset', 'complain', 'is_image', 'listing', 'is_closed', 'read_text', 'read_ids',
+           'dataset_root', 'read_sysu', 'read_list', 'read_regdb', 'read_llcm', 'read_dataset', 'hold_out',
+           'class_labels', 'read_bytes', 'decode', 'read_image', 'in_parallel', 'Rows', 'ImageCache', 'cache_folder',
+           'stamps', 'cache_images', 'IdentitySampler', 'Protocol', 'direction_of', 'draw_gallery', 'read_permutations',
            'official_galleries', 'sysu_protocol', 'regdb_protocol', 'llcm_protocol', 'protocols', 'sysu_counts',
            'write_standin', 'Report', 'walk_images', 'check_image', 'verify', 'verify_main']
 
@@ -126,12 +126,24 @@ def listing(
     folder,         # to read
     problems=None,  # see `complain`
 ) -> list:  # of `os.DirEntry`, sorted by name
-    "What a folder holds; a folder that cannot be read is an error that names it."
+    "What a folder holds; a folder that cannot be read, or whose files cannot be opened, is an error that names it."
     try:
-        with os.scandir(folder) as entries: return sorted(entries, key=lambda e: e.name)
+        with os.scandir(folder) as entries: found = sorted(entries, key=lambda e: e.name)
+        os.stat(os.path.join(folder, "."))
+        return found
     except OSError as e:
         complain(problems, f"{folder}: cannot be read ({e.strerror}); every folder of the dataset must be readable: check that it exists, and its permissions (chmod -R u+rX)")
         return []
+
+
+def is_closed(
+    folder,         # to look into
+    problems=None,  # see `complain`
+) -> bool:
+    "True, and an error, for a folder that is there and that the user may not look into."
+    if not os.path.isdir(folder) or os.access(folder, os.R_OK | os.X_OK): return False
+    listing(folder, problems)
+    return True
 
 
 def read_text(
@@ -208,9 +220,9 @@ def _identity_folders(
     "Images of one camera: `cam1/0001/0001.jpg`."
     found = []
     for entry in listing(root / cam, problems):
-        if entry.name.isdecimal() and entry.is_dir():
+        if entry.name.isdecimal() and os.path.isdir(entry.path):
             found += [(f"{cam}/{entry.name}/{n}", int(entry.name)) for n in _images_of(entry.path, problems)]
-        elif problems is None and not entry.name.startswith(".") and (entry.is_dir() or is_image(entry.name)):
+        elif problems is None and not entry.name.startswith(".") and (os.path.isdir(entry.path) or is_image(entry.name)):
             warnings.warn(f"{cam}/{entry.name} is no identity's folder (such as 0001) and is left out")
     return found
 
@@ -224,19 +236,21 @@ def dataset_root(
 ) -> Path:
     "The folder, if it looks like the dataset; otherwise an error that says what is missing and where it seems to be."
     root = Path(root).expanduser()
-    if not root.is_dir(): raise UserError(f"{root}: is no folder; give the folder that holds {', '.join(needs)}")
-    missing = [n for n in needs if not (root / n).is_dir()]
+    if not os.path.isdir(root): raise UserError(f"{root}: is no folder; give the folder that holds {', '.join(needs)}")
+    is_closed(root)
+    missing = [n for n in needs if not os.path.isdir(root / n)]
     if len(missing) == len(needs) or (missing and problems is None):
-        inner = [e.path for e in listing(root) if e.is_dir() and all((Path(e.path) / n).is_dir() for n in needs)]
+        inner = [e.path for e in listing(root) if all(os.path.isdir(os.path.join(e.path, n)) for n in needs)]
         hint = f"it seems to be {inner[0]}: give that" if inner else "check that the archive was unpacked completely"
         raise UserError(f"{root}: {', '.join(missing)} not found; expected the folder that holds {', '.join(needs)}; {hint}")
     for n in missing: complain(problems, f"{root / n}: is missing; check that the archive was unpacked completely")
+    for n in needs: is_closed(root / n, problems)
     return root
 
 
 def _split_file(root, name):
     "`exp/train_id.txt` or its `.mat`, in `exp` or at the top; None if there is none."
-    return next((root / d / f"{name}.{kind}" for kind in ("txt", "mat") for d in ("exp", ".") if (root / d / f"{name}.{kind}").is_file()), None)
+    return next((root / d / f"{name}.{kind}" for kind in ("txt", "mat") for d in ("exp", ".") if os.path.isfile(root / d / f"{name}.{kind}")), None)
 
 def _sysu_splits(
     root: Path,      # of the dataset
@@ -245,6 +259,7 @@ def _sysu_splits(
 ) -> dict:  # identity → split
     "The official split. Without a val file, val is what neither list names and both modalities see: exactly the official 99."
     split = {}
+    if is_closed(root / "exp", problems): return split
     for s in "train", "val", "test":
         file = _split_file(root, f"{s}_id")
         if file is None and s != "val": complain(problems, f"{root}/exp/{s}_id.txt: not found, neither as .mat; it comes with the dataset, in its folder exp: put it there")
@@ -258,7 +273,7 @@ def _sysu_splits(
 def _scan_sysu(root, problems=None):
     "Rows (path, pid, cam, modality, split) of every image on disk; split None for identities in no list."
     root = dataset_root(root, *(f"cam{c}" for c in SYSU_CAMERAS), problems=problems)
-    found = [(path, pid, cam) for cam in SYSU_CAMERAS if (root / f"cam{cam}").is_dir() for path, pid in _identity_folders(root, f"cam{cam}", problems)]
+    found = [(path, pid, cam) for cam in SYSU_CAMERAS if os.path.isdir(root / f"cam{cam}") for path, pid in _identity_folders(root, f"cam{cam}", problems)]
     modalities = {}
     for _, pid, cam in found: modalities.setdefault(pid, set()).add(SYSU_CAMERAS[cam])
     split = _sysu_splits(root, modalities, problems)
@@ -296,12 +311,19 @@ def read_list(
     return _present(Path(root), name, pairs, problems)
 
 
+def _names(root, folder, problems):
+    "What a folder holds, nothing where it is missing; None where it or one above it is closed, which is said once for all its images."
+    *above, inner = [root.joinpath(*PurePosixPath(folder).parts[:k]) for k in range(len(PurePosixPath(folder).parts) + 1)]
+    if any(is_closed(f, problems) for f in (*above, inner)): return None
+    return {e.name for e in listing(inner, problems)} if os.path.isdir(inner) else set()
+
 def _present(root, name, pairs, problems):
     "What a list names and the disk has; complains about the rest."
     seen, there = {}, []
     for path, label in pairs:
         folder, _, file = path.rpartition("/")
-        if folder not in seen: seen[folder] = {e.name for e in listing(root / folder, problems)} if (root / folder).is_dir() else set()
+        if folder not in seen: seen[folder] = _names(root, folder, problems)
+        if seen[folder] is None: continue
         if file in seen[folder]: there.append((path, label))
         else: complain(problems, f"{root / path}: is missing, though {name} names it; the dataset is incomplete (`di2l_verify` lists all that is missing): copy it again from the dataset's archive")
     return there
@@ -317,13 +339,17 @@ def _overlap(rows, root, where, problems):
     for pid in sorted({r[1] for r in rows if r[4] == "train"} & {r[1] for r in rows if r[4] == "test"}):
         complain(problems, f"{root / 'idx'}: identity {pid} is in training and in test {where}; each may be in one: take the files in idx again from the authors")
 
+def _of_lists(root, problems):
+    "Where problems with lists go: nowhere if their folder is closed, which is said."
+    return [] if problems is not None and is_closed(root / "idx", problems) else problems
+
 def _scan_regdb(root, trial, problems=None):
     "Rows (path, pid, cam, modality, split) of one trial."
     root = dataset_root(root, "Visible", "Thermal", "idx", problems=problems)
     if trial not in range(1, 11): raise UserError(f"trial {trial}; RegDB has ten splits: give a number from 1 to 10")
     rows = [(path, _identity(path, label), cam, modality, split)
             for split in ("train", "test") for cam, (modality, kind) in enumerate(zip(MODALITIES, ("visible", "thermal")), 1)
-            for path, label in read_list(root, f"idx/{split}_{kind}_{trial}.txt", problems)]
+            for path, label in read_list(root, f"idx/{split}_{kind}_{trial}.txt", _of_lists(root, problems))]
     _overlap(rows, root, f"of trial {trial}", problems)
     return root, rows
 
@@ -340,7 +366,7 @@ def _llcm_training(root, problems):
     "Rows of `idx/train_vis.txt` and `idx/train_nir.txt`."
     rows = []
     for modality, kind in zip(MODALITIES, ("vis", "nir")):
-        for path, label in read_list(root, f"idx/train_{kind}.txt", problems):
+        for path, label in read_list(root, f"idx/train_{kind}.txt", _of_lists(root, problems)):
             cam = re.search(r"_c(\d+)_", PurePosixPath(path).name)
             if cam: rows.append((path, _identity(path, label), int(cam[1]), modality, "train"))
             else: complain(problems, f"{root / path}: does not say its camera; expected a name such as 0001_c01_s185535_f7010_vis.jpg: take the file again from the authors")
@@ -348,9 +374,9 @@ def _llcm_training(root, problems):
 
 def _llcm_test(root, problems):
     "Rows of `test_vis/cam1/0003/…` and `test_nir/…`; split None for identities not in `idx/test_id.txt`."
-    ids, rows = set(read_ids(root / "idx/test_id.txt", problems)), []
+    ids, rows = set(read_ids(root / "idx/test_id.txt", _of_lists(root, problems))), []
     for modality, kind in zip(MODALITIES, ("vis", "nir")):
-        for entry in listing(root / f"test_{kind}", problems) if (root / f"test_{kind}").is_dir() else ():
+        for entry in listing(root / f"test_{kind}", problems) if os.path.isdir(root / f"test_{kind}") else ():
             cam = re.fullmatch(r"cam(\d+)", entry.name.lower())
             if cam: rows += [(path, pid, int(cam[1]), modality, "test" if pid in ids else None) for path, pid in _identity_folders(root, f"test_{kind}/{entry.name}", problems)]
     for pid in sorted(ids - {r[1] for r in rows}): complain(problems, f"{root / 'idx/test_id.txt'}: identity {pid} has no image in test_vis or test_nir; the dataset is incomplete: copy its folders again from the dataset's archive")
@@ -1084,9 +1110,8 @@ def walk_images(
 ) -> tuple:  # paths of images, paths of other files, both relative and sorted
     "Every file below the root, apart from what file managers leave."
     images, others, followed = [], [], {Path(root).resolve()}
-    fail = lambda e: complain(problems, f"{e.filename}: cannot be read ({e.strerror}); every folder of the dataset must be readable: check its permissions (chmod -R u+rX)")
-    for folder, inner, files in os.walk(root, onerror=fail, followlinks=True):
-        inner[:] = sorted(d for d in inner if not JUNK.match(d) and _to_follow(Path(folder, d), followed))
+    for folder, inner, files in os.walk(root, onerror=lambda e: listing(e.filename, problems), followlinks=True):
+        inner[:] = sorted(d for d in inner if not JUNK.match(d) and _to_follow(Path(folder, d), followed) and not is_closed(os.path.join(folder, d), problems))
         below = Path(folder).relative_to(root).as_posix()
         for f in files:
             if not JUNK.match(f): (images if is_image(f) else others).append(f if below == "." else f"{below}/{f}")
@@ -1172,7 +1197,7 @@ def _verify_sysu(root, official, permutations, problems, notes):
 def _verify_regdb(root, official, permutations, problems, notes):
     rows, trials, folder, checks = set(), [], root, []
     for trial in range(1, 11):
-        folder, some = _scan_regdb(root, trial, problems if trial == 1 or Path(root, "idx").is_dir() else [])
+        folder, some = _scan_regdb(root, trial, problems if trial == 1 or os.path.isdir(Path(root, "idx")) else [])
         for s, m in ((s, m) for s in ("train", "test") for m in MODALITIES): trials.append((f"trial {trial}: {s}, {m} images", 2060, _numbers(some, s, m)[0]))
         trials.append((f"trial {trial}: identities", (206, 206), tuple(_numbers(some, s)[1] for s in ("train", "test"))))
         paths = [r[0] for r in some]
@@ -1205,11 +1230,11 @@ def verify(
     kinds = {"sysu": _verify_sysu, "regdb": _verify_regdb, "llcm": _verify_llcm}
     if name not in kinds: raise UserError(f"no dataset is called {name!r}; there are sysu, regdb and llcm")
     problems, notes, top = [], [], Path(root).expanduser()
-    made = next((f for f in ("benchmark.json", "standin.json") if (top / f).is_file()), None)
+    made = next((f for f in ("benchmark.json", "standin.json") if os.path.isfile(top / f)), None)
     root, rows, checks = kinds[name](root, made != "benchmark.json", permutations, problems, notes)
     images, others = walk_images(root, problems)
     known = {r[0] for r in rows}
-    problems += [f"{root / p}: is misplaced: no identity's folder or list of the dataset holds it; move it where it belongs or away" for p in images if p not in known]
+    if not is_closed(root / "idx", problems): problems += [f"{root / p}: is misplaced: no identity's folder or list of the dataset holds it; move it where it belongs or away" for p in images if p not in known]
     _check_images(root, sorted({*images, *known}), deep, workers, problems, notes)      # a reader may know what a walk does not find
     strays = [p for p in others if p not in known and not p.endswith((".txt", ".mat", ".json"))]
     if strays: notes.append(f"{len(strays)} files are no images and are ignored: {', '.join(strays[:5])}{' …' if len(strays) > 5 else ''}")

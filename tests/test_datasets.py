@@ -286,6 +286,40 @@ def test_unreadable_folder_is_named(copy, monkeypatch):
     assert any(str(locked) in p for p in verify("sysu", root).problems)
 
 
+CLOSE = """
+import json, os, sys, warnings
+from di2l.datasets import UserError, read_dataset, verify
+warnings.simplefilter("ignore")
+name, root, folders = sys.argv[1], sys.argv[2], sys.argv[3:]
+for folder in folders:
+    for mode in 0o000, 0o444, 0o111:
+        os.chmod(folder, mode)
+        if os.access(folder, os.R_OK | os.X_OK): sys.exit("this user may read everything")
+        try: found = verify(name, root).problems
+        except UserError as e: found = [str(e)]
+        try: said = read_dataset(name, root) and "nothing"
+        except UserError as e: said = str(e)
+        finally: os.chmod(folder, 0o755)
+        print(json.dumps([folder, found, said]))
+"""
+
+@pytest.mark.parametrize("name, other, folders", [
+    ("sysu", "cam1", ["", "exp", "cam3", "cam3/*"]), ("regdb", "Thermal", ["", "Visible", "Visible/1", "idx"]), ("llcm", "nir", ["vis", "vis/*", "test_vis", "test_vis/cam1", "idx"])])
+def test_closed_folders_are_named_and_the_rest_is_verified(copy, name, other, folders):
+    root = copy(name)
+    folders, bad = [str(next(root.glob(f))) if f else str(root) for f in folders], next(root.glob(f"{other}/**/*.*[gp]"))
+    bad.write_bytes(b"")
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"] if getattr(os, "geteuid", int)() == 0 else []
+    if drop and not shutil.which("setpriv"): pytest.skip("root may read everything, and there is no setpriv to take that away")
+    done = subprocess.run([*drop, sys.executable, "-c", CLOSE, name, str(root), *folders], capture_output=True, text=True)
+    if "may read everything" in done.stderr or "setpriv: " in done.stderr: pytest.skip("no folder is closed to this user")
+    assert done.returncode == 0, done.stderr
+    for closed, found, said in map(json.loads, done.stdout.splitlines()):
+        told = f"{closed}: cannot be read (Permission denied); every folder of the dataset must be readable: check that it exists, and its permissions (chmod -R u+rX)"
+        assert said == told and found.count(told) == 1, (closed, said, found)
+        if closed != str(root): assert any(p.startswith(f"{bad}: is empty") for p in found) and not [p for p in found if p.startswith(f"{closed}/")], (closed, found)
+
+
 def test_wrong_folder_says_which_one_was_meant(bases, tmp_path):
     with pytest.raises(UserError, match="is no folder"): read_sysu(tmp_path / "nothing")
     with pytest.raises(UserError, match="cam1, .* not found.*unpacked"): read_sysu(tmp_path)
