@@ -311,20 +311,27 @@ def read_list(
     return _present(Path(root), name, pairs, problems)
 
 
+def _plain(name):
+    "A file's name with its ending in lower case."
+    stem, dot, ending = name.rpartition(".")
+    return stem + dot + ending.lower()
+
 def _names(root, folder, problems):
-    "What a folder holds, nothing where it is missing; None where it or one above it is closed, which is said once for all its images."
-    *above, inner = [root.joinpath(*PurePosixPath(folder).parts[:k]) for k in range(len(PurePosixPath(folder).parts) + 1)]
-    if any(is_closed(f, problems) for f in (*above, inner)): return None
-    return {e.name for e in listing(inner, problems)} if os.path.isdir(inner) else set()
+    "Name in a list → name on disk, for a folder; none where it is missing; None where it or one above it is closed, which is said once for all its images."
+    parts = PurePosixPath(folder).parts
+    if any(is_closed(root.joinpath(*parts[:k]), problems) for k in range(len(parts) + 1)): return None
+    names = [e.name for e in listing(root / folder, problems)] if os.path.isdir(root / folder) else []
+    return {_plain(n): n for n in names} | {n: n for n in names}
 
 def _present(root, name, pairs, problems):
-    "What a list names and the disk has; complains about the rest."
+    "What a list names and the disk has, as the disk spells the ending; complains about the rest."
     seen, there = {}, []
     for path, label in pairs:
         folder, _, file = path.rpartition("/")
         if folder not in seen: seen[folder] = _names(root, folder, problems)
         if seen[folder] is None: continue
-        if file in seen[folder]: there.append((path, label))
+        found = seen[folder].get(file) or seen[folder].get(_plain(file))
+        if found: there.append((path[:len(path) - len(file)] + found, label))
         else: complain(problems, f"{root / path}: is missing, though {name} names it; the dataset is incomplete (`di2l_verify` lists all that is missing): copy it again from the dataset's archive")
     return there
 

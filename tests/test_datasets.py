@@ -100,6 +100,18 @@ def test_names_endings_strays_and_folders_above_do_not_matter(bases, tmp_path):
     assert not verify("sysu", root).problems
 
 
+@pytest.mark.parametrize("name", ["regdb", "llcm"])
+def test_endings_in_lists_and_on_disk_may_differ_in_case(copy, name):
+    root = copy(name)
+    before = read(name, root).records
+    for text in (root / "idx").glob("train_*.txt"): text.write_text(text.read_text().replace(".jpg", ".JPG").replace(".bmp", ".Bmp"))
+    pd.testing.assert_frame_equal(read(name, root).records, before)
+    assert not verify(name, root).problems
+    for path in before.path[::2]: (root / path).rename((root / path).with_suffix(Path(path).suffix.upper()))
+    after = read(name, root).records
+    assert all((root / p).is_file() for p in after.path) and after.drop(columns="path").equals(before.drop(columns="path")) and not verify(name, root).problems
+
+
 def test_regdb_takes_the_identity_from_the_folder_and_trials_differ(bases):
     one, two = read_regdb(bases["regdb"], 1), read_regdb(bases["regdb"], 2)
     assert (one.records.pid == one.records.path.str.split("/").str[1].astype(int)).all()
