@@ -346,8 +346,44 @@ def test_what_no_split_names_is_said(copy):
 def test_misplaced_folder_is_said_and_reported(copy):
     root = copy("sysu")
     shutil.move(first(root).parent, root / "cam1/backup")
-    with pytest.warns(UserWarning, match="cam1/backup is no identity's folder"): read_sysu(root)
+    with pytest.warns(UserWarning, match="1 files or folders are left out, .*: cam1/backup$"): read_sysu(root)
     assert any("cam1/backup/" in p and "misplaced" in p for p in verify("sysu", root).problems)
+
+
+def test_what_lies_where_images_should_and_is_left_out_is_said_once(copy):
+    root = copy("sysu")
+    files = sorted(first(root).parent.glob("*.jpg"))
+    (files[0].parent / "sub").mkdir()
+    files[0].rename(files[0].parent / "sub" / files[0].name), files[1].rename(files[1].with_suffix(".webp")), files[2].rename(files[2].with_suffix(".jpg.part")), files[3].rename(files[3].with_suffix(""))
+    for stray in "Thumbs.db", ".DS_Store", "._0009.jpg", "desktop.ini": (files[0].parent / stray).write_bytes(b"stray")
+    with pytest.warns(UserWarning) as said: read_sysu(root)
+    folder = files[0].parent.relative_to(root).as_posix()
+    (told,) = [str(w.message) for w in said if "left out, for they are no images" in str(w.message)]
+    assert told.startswith("4 files or folders") and all(f"{folder}/{n}" in told for n in ("sub", "0002.webp", "0003.jpg.part", "0004")) and told.count(f"{folder}/") == 4
+
+    root = copy("llcm")
+    (root / "test_vis/cam2").rename(root / "test_vis/camera2")
+    with pytest.warns(UserWarning, match="1 files or folders are left out, .*: test_vis/camera2$"): read_llcm(root)
+    assert any("test_vis/camera2/" in p and "misplaced" in p for p in verify("llcm", root).problems)
+
+
+def test_two_folders_of_one_identity_are_refused(copy):
+    root = copy("sysu")
+    folder = first(root).parent
+    shutil.copytree(folder, folder.with_name(str(int(folder.name))))
+    with pytest.raises(UserError, match=f"is the folder of identity {int(folder.name)}, and so is {folder.name}|so is {int(folder.name)};"): read("sysu", root)
+    (problem,) = verify("sysu", root).problems
+    assert problem.startswith(str(root / "cam1")) and "put what belongs together" in problem
+
+
+def test_numbers_too_large_for_a_table_are_no_identities(copy):
+    root, large = copy("sysu"), "9" * 20
+    shutil.copytree(first(root).parent, root / "cam1" / large)
+    with pytest.warns(UserWarning, match=f"left out, .*cam1/{large}"): read_sysu(root)
+    assert any(f"cam1/{large}/" in p and "misplaced" in p for p in verify("sysu", root).problems)
+    write(root, "exp/test_id.txt", large)
+    with pytest.raises(UserError, match="is no identity"): read("sysu", root)
+    with pytest.raises(UserError, match=f"line 1 is .*{large}"): read_list(root, write(root, "list.txt", f"a.jpg {large}").name)
 
 
 def test_identity_with_one_modality_is_kept_out_of_the_sampler_and_said_once(bases):
