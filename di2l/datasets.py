@@ -1195,24 +1195,37 @@ def _numbers(rows, split=None, modality=None):
 
 def _both(rows): return len({r[1] for r in rows if r[3] == "visible"} & {r[1] for r in rows if r[3] == "infrared"})
 
-def _gaps(root, rows, counts, problems):
+def _gaps(rows):
+    "(camera, files) that the numbers of an identity's images leave out: `cam1/0001/0003.*`."
+    names, gaps = {}, []
+    for path, _, cam, *_ in rows: names.setdefault((cam, path.rpartition("/")[0]), []).append(PurePosixPath(path).stem)
+    for (cam, folder), stems in sorted(names.items()):
+        if not all(map(is_number, stems)): continue
+        width, numbers = max(map(len, stems)), [0, *sorted(map(int, stems))]
+        gaps += [(cam, f"{folder}/{a + 1:0{width}d}.*" + (f" … {b - 1:0{width}d}.*" if b > a + 2 else "")) for a, b in zip(numbers, numbers[1:]) if b > a + 1]
+    return gaps
+
+def _lacking(root, rows, counts, problems, notes):
     "Name what SYSU-MM01 lacks: by the official counts if they were given, otherwise by gaps in the files' numbers where a camera has too few."
-    found = {}
+    found, known = {}, {cam: sum(t[1].get(cam, (0,))[0] for t in SYSU_TOTALS.values()) for cam in SYSU_CAMERAS}
     for path, pid, cam, *_ in rows: found.setdefault((cam, pid), set()).add(PurePosixPath(path).stem)
     for (cam, pid), n in sorted((counts or {}).items()):
         got = len(found.get((cam, pid), ()))
         if got != n: problems.append(f"{root / f'cam{cam}' / f'{pid:04d}'}: has {got} images, {n} are expected; {AGAIN.replace('it', 'the folder', 1)}")
-    short = [cam for cam in SYSU_CAMERAS if sum(len(v) for (c, _), v in found.items() if c == cam) < sum(t[1].get(cam, (0,))[0] for t in SYSU_TOTALS.values())]
-    for (cam, pid), stems in sorted(found.items()):
-        if cam not in short or counts or not all(s.isdecimal() for s in stems): continue
-        width, numbers = max(map(len, stems)), {int(s) for s in stems}
-        problems += [f"{root / f'cam{cam}' / f'{pid:04d}' / f'{k:0{width}d}'}.*: is missing; {AGAIN}" for k in range(1, max(numbers)) if k not in numbers]
+    have = {cam: sum(len(v) for (c, _), v in found.items() if c == cam) for cam in SYSU_CAMERAS}
+    short = [cam for cam in SYSU_CAMERAS if counts is None and have[cam] < known[cam]]
+    if counts is None and have != known: notes.append("the cameras' counts differ from those expected: `--permutations rand_perm_cam.mat`, the authors' file, names every folder with too few or too many images")
+    gaps = _gaps(rows)
+    problems += [f"{root / files}: is missing; {AGAIN}" for cam, files in gaps if cam in short]
+    left = [files for cam, files in gaps if cam not in short]
+    decides = "the official counts decide whether one is missing" if counts else "their cameras have as many as expected, and `--permutations rand_perm_cam.mat` tells whether one was moved"
+    if left: notes.append(f"{len(left)} gaps in the numbers of images; {decides}: {', '.join(left[:25])}{' …' if len(left) > 25 else ''}")
 
 def _verify_sysu(root, official, permutations, problems, notes):
     root, rows = _scan_sysu(root, [], problems)
     alone = _numbers(rows)[1] - _both(rows)
     if alone: notes.append(f"{alone} identities have one modality only" + (", as in the official dataset, where they stand in no split" if alone == 22 else "") + "; they are neither trained on nor tested")
-    if official: _gaps(root, rows, _counts_by_permutations(permutations) if permutations else None, problems)
+    if official: _lacking(root, rows, _counts_by_permutations(permutations) if permutations else None, problems, notes)
     pool = lambda *cams: len({(r[1], r[2]) for r in rows if r[4] == "test" and r[2] in cams})
     checks = [("visible images", 30071, _numbers(rows, None, "visible")[0]), ("infrared images", 15792, _numbers(rows, None, "infrared")[0])]
     checks += [(f"camera {c} ({m})", sum(t[1].get(c, (0,))[0] for t in SYSU_TOTALS.values()), sum(r[2] == c for r in rows)) for c, m in SYSU_CAMERAS.items()]

@@ -813,17 +813,46 @@ def test_ten_trials_at_true_scale(true_scale):
         assert chance.metrics.cmc[0] < 0.06
 
 
-def test_verify_names_one_lost_image_among_45863(true_scale, sysu_protocol_files):
+@pytest.fixture
+def moved(true_scale):
+    "Take an image of the true-scale tree away, or elsewhere in it, until the test is over."
+    done = []
+    def move(image, to=None):
+        kept = image.read_bytes()
+        if to is not None: to.write_bytes(kept); done.append(to.unlink)
+        image.unlink()
+        done.append(lambda: image.write_bytes(kept))
+    yield move
+    for undo in done: undo()
+
+
+def test_verify_names_one_lost_image_among_45863(true_scale, moved, request):
+    folder = sorted((true_scale / "cam5").iterdir())[50]
+    lost = sorted(folder.iterdir())[2]
+    moved(lost)
+    report = verify("sysu", true_scale)
+    assert report.problems == [f"{lost.with_suffix('.*')}: is missing; copy it again from the dataset's archive"] and ("camera 5 (visible)", 8224, 8223) in report.checks
+    assert any("--permutations rand_perm_cam.mat" in n for n in report.notes)
     if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
-    lost = sorted((true_scale / "cam5").glob("*/*.jpg"))[777]
-    kept = lost.read_bytes()
-    lost.unlink()
-    try:
-        report = verify("sysu", true_scale)
-        assert not report.ok and ("camera 5 (visible)", 8224, 8223) in report.checks and [p for p in report.problems if str(lost.parent) in p] == report.problems
-        (problem,) = verify("sysu", true_scale, permutations=sysu_protocol_files / "rand_perm_cam.mat").problems
-        assert str(lost.parent) in problem
-    finally: lost.write_bytes(kept)
+    (problem,) = verify("sysu", true_scale, permutations=request.getfixturevalue("sysu_protocol_files") / "rand_perm_cam.mat").problems
+    assert problem.startswith(f"{folder}: has {len(list(folder.iterdir()))} images")
+
+
+def test_verify_points_to_the_permutations_where_the_last_image_of_a_folder_is_lost(true_scale, moved):
+    moved(sorted(sorted((true_scale / "cam5").iterdir())[50].iterdir())[-1])
+    report = verify("sysu", true_scale)
+    assert not report.ok and not report.problems and any("names every folder with too few or too many" in n for n in report.notes)
+
+
+def test_verify_notes_gaps_where_the_number_of_images_is_right(true_scale, moved, request):
+    "An image went from one identity to another of the same camera."
+    one, other = sorted((true_scale / "cam5").iterdir())[50:52]
+    moved(sorted(one.iterdir())[2], other / "9999.jpg")
+    report, name = verify("sysu", true_scale), lambda f: f.relative_to(true_scale).as_posix()
+    (note,) = [n for n in report.notes if "gaps" in n]
+    assert not report.problems and note.startswith("2 gaps") and f"{name(one)}/0003.*, {name(other)}/" in note and " … 9998.*" in note and "--permutations" in note
+    if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
+    assert [p.partition(": ")[0] for p in verify("sysu", true_scale, permutations=request.getfixturevalue("sysu_protocol_files") / "rand_perm_cam.mat").problems] == [str(one), str(other)]
 
 
 def test_permutations_may_lie_alone(true_scale, sysu_protocol_files, tmp_path):
