@@ -265,8 +265,11 @@ def dataset_root(
 
 
 def _split_file(root, name):
-    "`exp/train_id.txt` or its `.mat`, in `exp` or at the top; None if there is none."
-    return next((root / d / f"{name}.{kind}" for kind in ("txt", "mat") for d in ("exp", ".") if os.path.isfile(root / d / f"{name}.{kind}")), None)
+    "`exp/train_id.txt` or its `.mat`, in `exp` or at the top; None if there is none. Where there are several, the first."
+    files = [f for kind in ("txt", "mat") for d in ("exp", ".") if os.path.isfile(f := root / d / f"{name}.{kind}")]
+    for other in files[1:]:
+        if read_ids(other, []) != read_ids(files[0], []): warnings.warn(f"{files[0]} and {other} name different identities, and the first is used; they should agree: take both again from the authors")
+    return files[0] if files else None
 
 def _sysu_splits(
     root: Path,      # of the dataset
@@ -276,14 +279,15 @@ def _sysu_splits(
     "The official split. Without a val file, val is what neither list names and both modalities see: exactly the official 99."
     split = {}
     if is_closed(root / "exp", problems): return split
-    for s in "train", "val", "test":
-        file = _split_file(root, f"{s}_id")
-        if file is None and s != "val": complain(problems, f"{root}/exp/{s}_id.txt: not found, neither as .mat; it comes with the dataset, in its folder exp: put it there")
-        for pid in read_ids(file, problems) if file else ():
+    files = {s: file for s in ("train", "val", "test") if (file := _split_file(root, f"{s}_id"))}
+    for s in "train", "test":
+        if s not in files: complain(problems, f"{root}/exp/{s}_id.txt: not found, neither as .mat; it comes with the dataset, in its folder exp: put it there")
+    for s, file in files.items():
+        for pid in read_ids(file, problems):
             if pid in split: complain(problems, f"{file}: identity {pid} is in {split[pid]}_id too; each may be in one split: take the split files again from the authors")
             elif pid not in modalities: complain(problems, f"{file}: identity {pid} has no image in cam1…cam6; the dataset is incomplete: `di2l_verify sysu {root}` lists all that is missing")
             else: split[pid] = s
-    if _split_file(root, "val_id") is None: split.update({p: "val" for p, seen in modalities.items() if p not in split and len(seen) == 2})
+    if "val" not in files: split.update({p: "val" for p, seen in modalities.items() if p not in split and len(seen) == 2})
     return split
 
 def _scan_sysu(root, left, problems=None):
@@ -1270,7 +1274,10 @@ def verify(
     if name not in kinds: raise UserError(f"no dataset is called {name!r}; there are sysu, regdb and llcm")
     problems, notes, top = [], [], Path(root).expanduser()
     made = next((f for f in ("benchmark.json", "standin.json") if os.path.isfile(top / f)), None)
-    root, rows, checks = kinds[name](root, made != "benchmark.json", permutations, problems, notes)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        root, rows, checks = kinds[name](root, made != "benchmark.json", permutations, problems, notes)
+    notes += [str(w.message) for w in said if w.category is UserWarning]
     images, others = walk_images(root, problems)
     known = {r[0] for r in rows}
     if not is_closed(root / "idx", problems): problems += [f"{root / p}: is misplaced: no identity's folder or list of the dataset holds it; move it where it belongs or away" for p in images if p not in known]
@@ -1294,7 +1301,7 @@ def verify_main(
     "Check a dataset on disk: counts, split files, and every image. Exit status 1 if anything is wrong."
     report = verify(dataset, root, deep, permutations, workers)
     print(report)
-    if json: Path(json).write_text(_json(report.to_json()), encoding="utf-8")
+    if json: Path(json).write_text(_json(report.to_json()), encoding="utf-8", errors="backslashreplace")  # a file's name may be no UTF-8
     return int(not report.ok)
 
 def _json(thing): return json.dumps(thing, indent=1, ensure_ascii=False) + "\n"

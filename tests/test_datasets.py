@@ -89,6 +89,19 @@ def test_sysu_reads_mat_split_files_and_finds_val_as_the_rest(copy):
     pd.testing.assert_frame_equal(read("sysu", root).records, before)
 
 
+def test_split_files_that_disagree_are_both_named(copy):
+    from scipy.io import savemat
+    root = copy("sysu")
+    ids, files = read_ids(root / "exp/test_id.txt"), [str(root / "exp/test_id.txt"), str(root / "exp/test_id.mat")]
+    savemat(files[1], {"id": np.array([ids], float)})
+    assert not any("different identities" in n for n in verify("sysu", root).notes)
+    savemat(files[1], {"id": np.array([ids[1:]])})
+    with pytest.warns(UserWarning, match="name different identities, and the first is used") as said: data = read_sysu(root)
+    (told,) = [str(w.message) for w in said if "different" in str(w.message)]
+    report = verify("sysu", root)
+    assert all(f in told for f in files) and told in report.notes and not report.problems and set(data.test.pid) == set(ids)
+
+
 def test_names_endings_strays_and_folders_above_do_not_matter(bases, tmp_path):
     root = tmp_path / "cam1" / "cam5 0042" / "data"
     shutil.copytree(bases["sysu"], root)
@@ -963,6 +976,15 @@ def test_verify_on_the_command_line(copy, tmp_path):
     done = command("sysu", root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "complete and readable" in done.stdout and "whose counts are its own" in done.stdout
+
+
+def test_a_name_that_is_no_utf8_is_reported_too(copy, tmp_path):
+    root = copy("sysu")
+    try: Path(os.fsdecode(os.fsencode(root / "cam1") + b"/caf\xe9.jpg")).write_bytes(b"")
+    except OSError: pytest.skip("this system takes UTF-8 names only")
+    done = command("sysu", root, "--json", tmp_path / "report.json")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert any(p["file"].endswith("caf\udce9.jpg") for p in json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["problems"])
 
 
 def test_mistakes_on_the_command_line_are_one_line(tmp_path):
