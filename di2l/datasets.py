@@ -368,6 +368,23 @@ def _overlap(rows, root, where, problems):
     for pid in sorted({r[1] for r in rows if r[4] == "train"} & {r[1] for r in rows if r[4] == "test"}):
         complain(problems, f"{root / 'idx'}: identity {pid} is in training and in test {where}; each may be in one: take the files in idx again from the authors")
 
+def _of_modality(root, name, own, other, problems):
+    "A list of images in the folder `own`; one that names the other modality's was exchanged with that one's list."
+    pairs = read_list(root, name, problems)
+    wrong = [path for path, _ in pairs if path.startswith(f"{other}/")]
+    if wrong: complain(problems, f"{root / name}: names {len(wrong)} images of {other}, such as {wrong[0]}; expected images of {own} alone: take the lists again from the dataset's archive")
+    return pairs
+
+def _contradictions(root, files, lists, problems):
+    "Complain about each image whose label is not that of the other images of its identity, in the lists of both modalities."
+    labels = {}
+    for path, label in (pair for pairs in lists for pair in pairs): labels.setdefault(_identity(path, label), []).append(label)
+    usual = {pid: max(sorted(set(v)), key=v.count) for pid, v in labels.items()}
+    for file, pairs in zip(files, lists):
+        for path, label in pairs:
+            pid = _identity(path, label)
+            if label != usual[pid]: complain(problems, f"{root / file}: gives {path} the label {label}, and other images of identity {pid} the label {usual[pid]}; an identity has one label in a split: correct the line, or take the file again from the authors")
+
 def _of_lists(root, problems):
     "Where problems with lists go: nowhere if their folder is closed, which is said."
     return [] if problems is not None and is_closed(root / "idx", problems) else problems
@@ -376,9 +393,12 @@ def _scan_regdb(root, trial, problems=None):
     "Rows (path, pid, cam, modality, split) of one trial."
     root = dataset_root(root, "Visible", "Thermal", "idx", problems=problems)
     if trial not in range(1, 11): raise UserError(f"trial {trial}; RegDB has ten splits: give a number from 1 to 10")
-    rows = [(path, _identity(path, label), cam, modality, split)
-            for split in ("train", "test") for cam, (modality, kind) in enumerate(zip(MODALITIES, ("visible", "thermal")), 1)
-            for path, label in read_list(root, f"idx/{split}_{kind}_{trial}.txt", _of_lists(root, problems))]
+    rows, folders = [], ("Visible", "Thermal")
+    for split in "train", "test":
+        files = [f"idx/{split}_{folder.lower()}_{trial}.txt" for folder in folders]
+        lists = [_of_modality(root, file, *some, _of_lists(root, problems)) for file, some in zip(files, (folders, folders[::-1]))]
+        if problems is not None: _contradictions(root, files, lists, problems)
+        rows += [(path, _identity(path, label), cam, modality, split) for cam, (modality, pairs) in enumerate(zip(MODALITIES, lists), 1) for path, label in pairs]
     _overlap(rows, root, f"of trial {trial}", problems)
     return root, rows
 
@@ -394,8 +414,8 @@ def read_regdb(
 def _llcm_training(root, problems):
     "Rows of `idx/train_vis.txt` and `idx/train_nir.txt`."
     rows = []
-    for modality, kind in zip(MODALITIES, ("vis", "nir")):
-        for path, label in read_list(root, f"idx/train_{kind}.txt", _of_lists(root, problems)):
+    for modality, kind, other in zip(MODALITIES, ("vis", "nir"), ("nir", "vis")):
+        for path, label in _of_modality(root, f"idx/train_{kind}.txt", kind, other, _of_lists(root, problems)):
             cam = re.search(r"_c(\d{1,9})_", PurePosixPath(path).name)
             if cam: rows.append((path, _identity(path, label), int(cam[1]), modality, "train"))
             else: complain(problems, f"{root / path}: does not say its camera; expected a name such as 0001_c01_s185535_f7010_vis.jpg: take the file again from the authors")
@@ -1254,8 +1274,16 @@ def _verify_regdb(root, official, permutations, problems, notes):
     wrong = [c for c in trials if c[1] != c[2]]
     return folder, rows, checks + ((wrong if official else []) or [("complete trials", 10, 10)])
 
+def _misnamed(root, rows, problems):
+    "LLCM's file names tell identity, camera and modality once more: `0001_c01_s185535_f7010_vis.jpg`."
+    for path, pid, cam, modality, _ in rows:
+        told = re.fullmatch(r"(\d{1,9})_c(\d{1,9})_.*_(vis|nir)\.[a-z]+", PurePosixPath(path).name.lower())
+        told = told and (int(told[1]), int(told[2]), MODALITIES[told[3] == "nir"])
+        if told and told != (pid, cam, modality): problems.append(f"{root / path}: is misplaced: its name says identity {told[0]}, camera {told[1]}, {told[2]}, and its place identity {pid}, camera {cam}, {modality}; move it where it belongs, or {AGAIN}")
+
 def _verify_llcm(root, official, permutations, problems, notes):
     root, rows = _scan_llcm(root, [], problems)
+    _misnamed(root, rows, problems)
     checks = [("images", 46767, len(rows)), ("identities", 1064, _numbers(rows)[1])]
     for s, (n, visible, infrared) in LLCM_TOTALS.items():
         checks += [(f"{s} identities", n, _numbers(rows, s)[1]), (f"{s}, visible images", visible, _numbers(rows, s, "visible")[0]), (f"{s}, infrared images", infrared, _numbers(rows, s, "infrared")[0])]

@@ -959,6 +959,40 @@ def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
     assert read_image(file).shape == (64, 32, 3), "which PIL decodes without a word"
 
 
+@pytest.mark.parametrize("place", ["test_vis/cam2/{}", "test_vis/cam1/{}", "test_nir/cam1/{}"])
+def test_verify_names_an_image_whose_name_tells_another_place(copy, place):
+    root = copy("llcm")
+    (root / "test_nir/cam1").mkdir(exist_ok=True)
+    file = sorted(root.glob("test_vis/cam1/*/*.jpg"))[0]
+    mine, other = file.parent.name, sorted(read_ids(root / "idx/test_id.txt"))[-1]
+    to = root / place.format(f"{other:04d}") / file.name
+    to.parent.mkdir(parents=True, exist_ok=True)
+    file.rename(to)
+    (problem,) = [p for p in verify("llcm", root).problems if "has no image" not in p]
+    assert problem.startswith(f"{to}: is misplaced: its name says identity {int(mine)}, camera 1, visible, and its place identity {other}, camera {to.parts[-3][3:]}, {'visible' if 'vis/' in place else 'infrared'};")
+
+
+@pytest.mark.parametrize("name, own, other", [("regdb", "visible", "Thermal"), ("regdb", "thermal", "Visible"), ("llcm", "vis", "nir")])
+def test_exchanged_lists_are_refused(copy, name, own, other):
+    root, end = copy(name), "_1.txt" if name == "regdb" else ".txt"
+    file, wrong = root / f"idx/train_{own}{end}", root / f"idx/train_{other.lower()}{end}"
+    kept, number = file.read_text(), len(wrong.read_text().splitlines())
+    file.write_text(wrong.read_text()), wrong.write_text(kept)
+    with pytest.raises(UserError, match=f"names [0-9]+ images of ({other}|{own.title() if name == 'regdb' else own}), such as"): read(name, root)
+    problems = verify(name, root).problems
+    assert any(p.startswith(f"{file}: names {number} images of {other}, such as {other}/") for p in problems) and any(p.startswith(f"{wrong}: names ") for p in problems)
+
+
+def test_verify_names_a_label_that_contradicts_the_identitys_others(copy):
+    root = copy("regdb")
+    file = root / "idx/test_thermal_3.txt"
+    line, *rest = file.read_text().splitlines()
+    path, label = line.split()
+    file.write_text("\n".join([f"{path} {int(label) + 1}", *rest]))
+    (problem,) = verify("regdb", root).problems
+    assert problem.startswith(f"{file}: gives {path} the label {int(label) + 1}, and other images of identity {path.split('/')[1]} the label {label};")
+
+
 # --- command line
 
 def command(*args): return subprocess.run([sys.executable, "-c", "from di2l.datasets import verify_main; import sys; sys.exit(verify_main())", *map(str, args)], capture_output=True, text=True)
