@@ -889,6 +889,36 @@ def test_llcm_standin_plans_the_published_counts():
     assert [len(texts[f"idx/train_{k}.txt"].split("\n")) for k in ("vis", "nir")] == [16946, 13975] and len(texts["idx/test_id.txt"].split(",")) == 351
 
 
+def notebook_pictures(folder, monkeypatch):
+    "What the notebook's cells that draw the dataset at hand leave behind, and their figures."
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    cells = ["".join(c["source"]) for c in json.loads((Path(__file__).resolve().parents[1] / "nbs/00_datasets.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    monkeypatch.setenv("DI2L_DATA", str(folder))
+    names = dict(vars(datasets))
+    with plt.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for mark in "def counted", "per = counts", "firsts =":
+            (cell,) = [c for c in cells if mark in c]
+            exec(cell, names)
+        figures = [plt.figure(n) for n in plt.get_fignums()]
+        for f in figures: f.canvas.draw()
+        plt.close("all")
+    return names, figures
+
+
+@pytest.mark.parametrize("name, folders, rows, columns", [("sysu", ["SYSU-MM01", "RegDB", "LLCM"], 6, 4), ("regdb", ["RegDB", "LLCM"], 2, 1), ("llcm", ["LLCM"], 18, 9), (None, [], 6, 4)])
+def test_notebook_draws_the_dataset_at_hand(bases, tmp_path, monkeypatch, name, folders, rows, columns):
+    for f in folders: (tmp_path / f).symlink_to(bases[{"SYSU-MM01": "sysu"}.get(f, f.lower())])
+    names, (heat, imbalance, sample) = notebook_pictures(tmp_path, monkeypatch)
+    assert names["real"] == (folders[0] if folders else None) and heat.axes[0].get_xlabel() == f"identities ({names['what']})"
+    assert len(heat.axes[0].get_yticklabels()) == rows and names["table"].shape == (rows, names["counts"].pid.nunique())
+    assert int(names["counts"].images.sum()) == (len(read(name, bases[name]).records) if name else 45863 - 194 - 210 - 20 - 301 - 333 - 60)
+    pictures = [[bool(ax.images) for ax in sample.axes[k * columns:(k + 1) * columns]] for k in (0, 1)]
+    assert len(sample.axes) == 2 * columns and all(pictures[0]) and any(pictures[1])
+
+
 def test_standin_refuses_a_folder_in_use(bases):
     with pytest.raises(UserError, match="is not empty"): write_standin("sysu", bases["sysu"])
     with pytest.raises(UserError, match="no dataset is called 'cuhk'"): write_standin("cuhk", bases["sysu"].parent / "new")
