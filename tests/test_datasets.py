@@ -1023,6 +1023,13 @@ def test_verify_names_a_label_that_contradicts_the_identitys_others(copy):
     assert problem.startswith(f"{file}: gives {path} the label {int(label) + 1}, and other images of identity {path.split('/')[1]} the label {label};")
 
 
+def test_benchmark_of_the_cache_records_both_clocks(tmp_path):
+    script = Path(__file__).resolve().parents[1] / "benchmarks/datasets.py"
+    subprocess.run([sys.executable, str(script), "--only", "cache", "--images", "8", "--rounds", "1", "--out", str(tmp_path / "found.json")], check=True, capture_output=True)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["cache_build_over_decoding"] > 0 and found["cache_build_over_decoding_wall"] > 0
+
+
 # --- command line
 
 def command(*args): return subprocess.run([sys.executable, "-c", "from di2l.datasets import verify_main; import sys; sys.exit(verify_main())", *map(str, args)], capture_output=True, text=True)
