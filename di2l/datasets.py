@@ -1226,7 +1226,9 @@ def _gaps(rows):
     for (cam, folder), stems in sorted(names.items()):
         if not all(map(is_number, stems)): continue
         width, numbers = max(map(len, stems)), [0, *sorted(map(int, stems))]
-        gaps += [(cam, f"{folder}/{a + 1:0{width}d}.*" + (f" … {b - 1:0{width}d}.*" if b > a + 2 else "")) for a, b in zip(numbers, numbers[1:]) if b > a + 1]
+        for a, b in zip(numbers, numbers[1:]):
+            if b - a > 100: gaps.append((cam, f"{folder}/{a + 1:0{width}d}.* … {b - 1:0{width}d}.*"))   # the next number is no count of images
+            else: gaps += [(cam, f"{folder}/{k:0{width}d}.*") for k in range(a + 1, b)]
     return gaps
 
 def _lacking(root, rows, counts, problems, notes):
@@ -1242,8 +1244,8 @@ def _lacking(root, rows, counts, problems, notes):
     gaps = _gaps(rows)
     problems += [f"{root / files}: is missing; {AGAIN}" for cam, files in gaps if cam in short]
     left = [files for cam, files in gaps if cam not in short]
-    decides = "the official counts decide whether one is missing" if counts else "their cameras have as many as expected, and `--permutations rand_perm_cam.mat` tells whether one was moved"
-    if left: notes.append(f"{len(left)} gaps in the numbers of images; {decides}: {', '.join(left[:25])}{' …' if len(left) > 25 else ''}")
+    decides = "the official counts decide whether one is missing" if counts else "their cameras have no fewer than expected, and `--permutations rand_perm_cam.mat` tells whether one was moved"
+    if left: notes.append(f"{len(left)} gaps in the numbers of images: {decides}: {', '.join(left[:25])}{' …' if len(left) > 25 else ''}")
 
 def _verify_sysu(root, official, permutations, problems, notes):
     root, rows = _scan_sysu(root, [], problems)
