@@ -1235,8 +1235,8 @@ def _lacking(root, rows, counts, problems, notes):
     "Name what SYSU-MM01 lacks: by the official counts if they were given, otherwise by gaps in the files' numbers where a camera has too few."
     found, known = {}, {cam: sum(t[1].get(cam, (0,))[0] for t in SYSU_TOTALS.values()) for cam in SYSU_CAMERAS}
     for path, pid, cam, *_ in rows: found.setdefault((cam, pid), set()).add(PurePosixPath(path).stem)
-    for (cam, pid), n in sorted((counts or {}).items()):
-        got = len(found.get((cam, pid), ()))
+    for cam, pid in sorted({*counts, *found} if counts else ()):
+        got, n = len(found.get((cam, pid), ())), counts.get((cam, pid), 0)
         if got != n: problems.append(f"{root / f'cam{cam}' / f'{pid:04d}'}: has {got} images, {n} are expected; {AGAIN.replace('it', 'the folder', 1)}")
     have = {cam: sum(len(v) for (c, _), v in found.items() if c == cam) for cam in SYSU_CAMERAS}
     short = [cam for cam in SYSU_CAMERAS if counts is None and have[cam] < known[cam]]

@@ -832,11 +832,11 @@ def moved(true_scale):
     done = []
     def move(image, to=None):
         kept = image.read_bytes()
-        if to is not None: to.write_bytes(kept); done.append(to.unlink)
+        if to is not None: to.write_bytes(kept); done.append(lambda: to.unlink(missing_ok=True))
         image.unlink()
         done.append(lambda: image.write_bytes(kept))
     yield move
-    for undo in done: undo()
+    for undo in done[::-1]: undo()
 
 
 def test_verify_names_the_lost_images_among_45863(true_scale, moved, request):
@@ -866,6 +866,17 @@ def test_verify_notes_gaps_where_the_number_of_images_is_right(true_scale, moved
     assert not report.problems and note.startswith("2 gaps") and f"{name(one)}/0003.*, {name(other)}/" in note and " … 9998.*" in note and "--permutations" in note
     if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
     assert [p.partition(": ")[0] for p in verify("sysu", true_scale, permutations=request.getfixturevalue("sysu_protocol_files") / "rand_perm_cam.mat").problems] == [str(one), str(other)]
+
+
+def test_verify_names_an_image_of_somebody_whom_the_camera_never_saw(true_scale, moved, sysu_protocol_files):
+    if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
+    image, stranger = sorted((true_scale / "cam5/0001").iterdir())[-1], true_scale / "cam5/9000"
+    stranger.mkdir()
+    try:
+        moved(image, stranger / "0001.jpg")
+        problems = verify("sysu", true_scale, permutations=sysu_protocol_files / "rand_perm_cam.mat").problems
+        assert [p.partition(",")[0] for p in problems] == [f"{image.parent}: has {len(list(image.parent.iterdir()))} images", f"{stranger}: has 1 images"]
+    finally: shutil.rmtree(stranger)
 
 
 def test_permutations_may_lie_alone(true_scale, sysu_protocol_files, tmp_path):
