@@ -1276,16 +1276,19 @@ def _verify_regdb(root, official, permutations, problems, notes):
     wrong = [c for c in trials if c[1] != c[2]]
     return folder, rows, checks + ((wrong if official else []) or [("complete trials", 10, 10)])
 
-def _misnamed(root, rows, problems):
-    "LLCM's file names tell identity, camera and modality once more: `0001_c01_s185535_f7010_vis.jpg`."
+def _misnamed(root, rows, problems, notes):
+    "LLCM's file names tell identity, camera and modality once more: `0001_c01_s185535_f7010_vis.jpg`. Where one in ten tells another place, names mean something else."
+    found = []
     for path, pid, cam, modality, _ in rows:
         told = re.fullmatch(r"(\d{1,9})_c(\d{1,9})_.*_(vis|nir)\.[a-z]+", PurePosixPath(path).name.lower())
         told = told and (int(told[1]), int(told[2]), MODALITIES[told[3] == "nir"])
-        if told and told != (pid, cam, modality): problems.append(f"{root / path}: is misplaced: its name says identity {told[0]}, camera {told[1]}, {told[2]}, and its place identity {pid}, camera {cam}, {modality}; move it where it belongs, or {AGAIN}")
+        if told and told != (pid, cam, modality): found.append(f"{root / path}: is misplaced: its name says identity {told[0]}, camera {told[1]}, {told[2]}, and its place identity {pid}, camera {cam}, {modality}; move it where it belongs, or {AGAIN}")
+    if len(found) <= len(rows) / 10: problems += found
+    else: notes.append(f"the names of {len(found)} images tell another identity, camera or modality than their place, which is used; so many are no mistake of a copy: the names seem to be of another kind. The first: {found[0]}")
 
 def _verify_llcm(root, official, permutations, problems, notes):
     root, rows = _scan_llcm(root, [], problems)
-    _misnamed(root, rows, problems)
+    _misnamed(root, rows, problems, notes)
     checks = [("images", 46767, len(rows)), ("identities", 1064, _numbers(rows)[1])]
     for s, (n, visible, infrared) in LLCM_TOTALS.items():
         checks += [(f"{s} identities", n, _numbers(rows, s)[1]), (f"{s}, visible images", visible, _numbers(rows, s, "visible")[0]), (f"{s}, infrared images", infrared, _numbers(rows, s, "infrared")[0])]

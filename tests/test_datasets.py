@@ -1,5 +1,6 @@
 "Readers, bad input, cache, sampler, protocols, stand-ins and di2l_verify."
 import json
+import re
 import os
 import pickle
 import shutil
@@ -1011,6 +1012,13 @@ def test_verify_names_an_image_whose_name_tells_another_place(copy, place):
     file.rename(to)
     (problem,) = [p for p in verify("llcm", root).problems if "has no image" not in p]
     assert problem.startswith(f"{to}: is misplaced: its name says identity {int(mine)}, camera 1, visible, and its place identity {other}, camera {to.parts[-3][3:]}, {'visible' if 'vis/' in place else 'infrared'};")
+
+
+def test_names_that_never_fit_their_place_are_of_another_kind(copy):
+    root = copy("llcm")
+    for file in sorted(root.glob("test_*/*/*/*.jpg")): file.rename(file.with_name(re.sub(r"_c\d+_", "_c77_", file.name)))
+    report = verify("llcm", root)
+    assert report.problems == [] and any("names seem to be of another kind" in n for n in report.notes)
 
 
 @pytest.mark.parametrize("name, own, other", [("regdb", "visible", "Thermal"), ("regdb", "thermal", "Visible"), ("llcm", "vis", "nir")])
