@@ -140,8 +140,7 @@ SEEDS5, SEEDS3 = ([(d, s) for d in (0, 1) for s in range(n)] for n in (5, 3))
 PLAN = {                                       # which (data seed, training seed) pairs of which experiments `make results` makes
     **{name: SEEDS5 for name in TABLE2},
     **{name: SEEDS3 for name in GAMMA.values() if name not in TABLE2},
-    **{name: SEEDS3 for name in EXPERIMENTS if name.startswith("regdb-")},
-    **{name: [(0, s) for s in range(3)] for name in EXPERIMENTS if name.startswith(("rho-", "sensor-"))},
+    **{name: SEEDS3 for name in EXPERIMENTS if name.startswith(("regdb-", "rho-", "sensor-"))},
     **{name: [(d, s) for d in (0, 1) for s in range(2)] for name in EXPERIMENTS if name.startswith("choose-")},
     **{name: [(d, 0) for d in (0, 1)] for name in EXPERIMENTS if name.startswith(("bench-", "long-", "hard-"))},
     "tiny": [(0, 0)],
