@@ -9,9 +9,9 @@ __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'S
            'identity', 'label', 'within', 'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path',
            'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'missing', 'run', 'chosen_queries',
            'ranked_rows', 'both_directions', 'part_attention', 'attention_summary', 'write_gallery',
-           'gallery_on_record', 'read_gallery', 'results_frame', 'interval', 'paired', 'style', 'save_figure',
-           'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'complete', 'reproduce', 'beside',
-           'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
+           'gallery_on_record', 'read_gallery', 'results_frame', 'interval', 'differences', 'paired', 'style',
+           'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'complete', 'reproduce',
+           'beside', 'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
 
 # %% ../nbs/10_experiments.ipynb #b48fa4fe
 import hashlib, json, os, re, shutil, sys
@@ -527,16 +527,24 @@ def interval(
     half = t.ppf(0.5 + confidence / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     return values.mean(), values.mean() - half, values.mean() + half
 
+def differences(
+    frame,            # from `results_frame`
+    name, other,      # two experiments; the difference is name − other
+    metric="rank-1",  # column
+):                    # one a pair of runs, indexed by data seed and training seed; none where there is no pair
+    "What one experiment has over another on the same data and training seeds."
+    wide = frame.pivot(index=["data_seed", "seed"], columns="name", values=metric).reindex(columns=[name, other]).dropna()
+    return wide[name] - wide[other]
+
 def paired(
     frame,            # from `results_frame`
     name, other,      # two experiments; the difference is name − other
     metric="rank-1",  # column
 ):                    # mean difference, bounds of its 95 % interval, number of pairs
     "How much better one experiment is than another on the same data and training seeds."
-    key = ["data_seed", "seed"]
-    both = frame[frame.name == name].merge(frame[frame.name == other], on=key, suffixes=("", "_other"))
-    if both.empty: raise UserError(f"{name} and {other} have no record with the same seeds; `di2l_experiments make --only {name}` makes them")
-    return (*interval(both[metric] - both[f"{metric}_other"]), len(both))
+    found = differences(frame, name, other, metric)
+    if found.empty: raise UserError(f"{name} and {other} have no record with the same seeds; `di2l_experiments make --only {name}` makes them")
+    return (*interval(found), len(found))
 
 # %% ../nbs/10_experiments.ipynb #9bff1f45
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")    # Okabe and Ito's, safe for colour-blind readers
