@@ -31,18 +31,18 @@ class DPA(nn.Module):
     def __init__(self,
         channels,          # C of the stage-4 map
         parts=3,           # P, number of stripes
-        reading="global",  # how α meets z(x) and the feature: "global", "residual", "sum" or "literal" (see the table)
+        reading="pooled-residual",  # how α meets z(x) and the feature: "pooled-residual", "part-residual", "weighted-sum" or "diagonal" (see the table)
         inner=None,        # width of u and v; C // 4 unless told
         q=3.0,             # exponent of the region pooling, the same as the global pooling's
     ):
         super().__init__()
-        if reading not in ("global", "residual", "sum", "literal"):
-            raise UserError(f"reading {reading!r} of Eq. 4 is not one of 'global', 'residual', 'sum', 'literal'")
+        if reading not in ("pooled-residual", "part-residual", "weighted-sum", "diagonal"):
+            raise UserError(f"reading {reading!r} of Eq. 4 is not one of 'pooled-residual', 'part-residual', 'weighted-sum', 'diagonal'")
         inner = inner or max(channels // 4, 1)
         self.parts, self.reading, self.q = parts, reading, q
         self.u, self.v = (nn.Conv1d(channels, inner, 1, bias=False) for _ in range(2))
         self.z = nn.Conv1d(channels, channels, 1, bias=False)
-        if reading in ("global", "residual"):
+        if reading in ("pooled-residual", "part-residual"):
             self.bn = nn.BatchNorm1d(channels)
             nn.init.zeros_(self.bn.weight)
         self.keep_attention, self.attention = False, None
@@ -62,8 +62,8 @@ class DPA(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             parts = stripe_pool(x, self.parts, self.q)                            # (B,C,P)
             alpha, z = self.attend(parts)
-            if self.reading == "literal": return (alpha.diagonal(dim1=1, dim2=2)[:, None] * z).mean(2)
+            if self.reading == "diagonal": return (alpha.diagonal(dim1=1, dim2=2)[:, None] * z).mean(2)
             mixed = z @ alpha.mT                                                  # (B,C,P): Σ_j α_ij z(x_j)
-            if self.reading == "sum": return mixed.mean(2)
-            if self.reading == "residual": return (parts + self.bn(mixed)).mean(2)
+            if self.reading == "weighted-sum": return mixed.mean(2)
+            if self.reading == "part-residual": return (parts + self.bn(mixed)).mean(2)
             return stripe_pool(x, 1, self.q)[..., 0] + self.bn(mixed.mean(2))

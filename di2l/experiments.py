@@ -6,9 +6,9 @@
 __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'REGDB', 'CHOICES', 'IMBALANCE', 'SENSOR', 'LONG', 'WHY', 'BASE', 'SEEDS5', 'SEEDS3',
            'PLAN', 'CONFIRM', 'SCORING', 'INCIDENTAL', 'GALLERIES', 'ALL_SEARCH', 'COLOURS', 'RIGHT', 'WRONG',
            'Experiment', 'define', 'ScaledDPA', 'FrozenStem', 'VisibleOnly', 'benchmark', 'shuffled', 'configuration',
-           'identity', 'label', 'within', 'training_confidence', 'tidy', 'curve', 'score', 'dump', 'record_path',
-           'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'missing', 'run', 'chosen_queries',
-           'ranked_rows', 'both_directions', 'part_attention', 'attention_summary', 'write_gallery',
+           'identity', 'label', 'intra_modality', 'training_confidence', 'tidy', 'curve', 'score', 'dump',
+           'record_path', 'recorded', 'experiment', 'write_whole', 'versions', 'trained', 'missing', 'run',
+           'chosen_queries', 'ranked_rows', 'both_directions', 'part_attention', 'attention_summary', 'write_gallery',
            'gallery_on_record', 'read_gallery', 'results_frame', 'interval', 'differences', 'paired', 'style',
            'save_figure', 'draw_grid', 'draw_curves', 'draw_cmc', 'plan', 'status', 'make', 'complete', 'reproduce',
            'beside', 'readme_blocks', 'fill_readme', 'speed_block', 'reproduce_main', 'main']
@@ -71,10 +71,10 @@ define("regdb-baseline", benchmark="regdb", settings=dict(method="caj", **REGDB)
 
 # %% ../nbs/10_experiments.ipynb #fb62bd32
 CHOICES = dict(hold_out=True)
-define("choose-none", settings=dict(dpa=False, **CHOICES))
-for reading in ("literal", "sum", "residual", "global"): define(f"choose-{reading}-3", settings=dict(reading=reading, parts=3, **CHOICES))
-for parts in (2, 6): define(f"choose-global-{parts}", settings=dict(reading="global", parts=parts, **CHOICES))
-define("choose-pool", settings=dict(retrieve="pool", **CHOICES));   # retrieving with the feature before the neck
+define("held-out-none", settings=dict(dpa=False, **CHOICES))
+for reading in ("diagonal", "weighted-sum", "part-residual", "pooled-residual"): define(f"held-out-{reading}-3", settings=dict(reading=reading, parts=3, **CHOICES))
+for parts in (2, 6): define(f"held-out-pooled-residual-{parts}", settings=dict(reading="pooled-residual", parts=parts, **CHOICES))
+define("held-out-pooled", settings=dict(retrieve="pooled", **CHOICES));   # retrieving with the feature before the neck
 
 @dataclass(frozen=True)
 class ScaledDPA(model.DI2LMethod):
@@ -85,14 +85,14 @@ class ScaledDPA(model.DI2LMethod):
         return net
 
 model.METHODS["scaled-dpa"] = ScaledDPA
-define("choose-scaled-3", settings=dict(method="scaled-dpa", **CHOICES));
+define("held-out-scaled-3", settings=dict(method="scaled-dpa", **CHOICES));
 
 # %% ../nbs/10_experiments.ipynb #e969c71e
-IMBALANCE = {0.5: ("rho-0.5-ce", "rho-0.5-focal"), 0.85: ("dpa", "di2l"), 0.95: ("rho-0.95-ce", "rho-0.95-focal")}   # ρ: with cross-entropy, with focal loss
-for rho, (ce, focal) in IMBALANCE.items():
-    if rho != synthetic.Settings.rho:
-        define(ce, knobs=dict(rho=rho), settings=dict(gamma=0.0))
-        define(focal, knobs=dict(rho=rho))
+IMBALANCE = {0.5: ("correlation-0.5-ce", "correlation-0.5-focal"), 0.85: ("dpa", "di2l"), 0.95: ("correlation-0.95-ce", "correlation-0.95-focal")}   # ρ: with cross-entropy, with focal loss
+for correlation, (ce, focal) in IMBALANCE.items():
+    if correlation != synthetic.Settings.correlation:
+        define(ce, knobs=dict(correlation=correlation), settings=dict(gamma=0.0))
+        define(focal, knobs=dict(correlation=correlation))
 
 SENSOR = {0.25: ("sensor-0.25-ce", "sensor-0.25-focal"), 0.5: ("sensor-0.5-ce", "sensor-0.5-focal"), 1.0: ("dpa", "di2l")}   # resolution of the infrared sensor
 for resolution, (ce, focal) in SENSOR.items():
@@ -120,13 +120,13 @@ class FrozenStem(model.CAJMethod):
 class VisibleOnly(FrozenStem):
     "A control: beside the frozen stem, no infrared image is in any loss."
     def losses(self, features, logits, pids):
-        n = len(pids) * self.copies // (self.copies + 1)                       # visible rows come first; as many infrared images as visible ones
+        n = len(pids) * self.visible_views // (self.visible_views + 1)                       # visible rows come first; as many infrared images as visible ones
         return super().losses(features[:n], logits[:n], pids[:n])
 
 model.METHODS.update({"frozen-stem": FrozenStem, "visible-only": VisibleOnly})
 BASE = dict(method="caj")
 define("bench-hard", benchmark="hard", settings=BASE)
-for rho in (0.25, 0.5, 0.7, 0.95): define(f"bench-rho-{rho}", knobs=dict(rho=rho), settings=BASE)
+for correlation in (0.25, 0.5, 0.7, 0.95): define(f"bench-correlation-{correlation}", knobs=dict(correlation=correlation), settings=BASE)
 for nuisance in (0.5, 1.5, 2.0): define(f"bench-nuisance-{nuisance}", knobs=dict(nuisance=nuisance), settings=BASE)
 define("bench-shuffled", settings=BASE, control="shuffled")
 define("bench-silhouette", knobs=dict(silhouette=True), settings=BASE)
@@ -140,8 +140,8 @@ SEEDS5, SEEDS3 = ([(d, s) for d in (0, 1) for s in range(n)] for n in (5, 3))
 PLAN = {                                       # which (data seed, training seed) pairs of which experiments `make results` makes
     **{name: SEEDS5 for name in TABLE2},
     **{name: SEEDS3 for name in GAMMA.values() if name not in TABLE2},
-    **{name: SEEDS3 for name in EXPERIMENTS if name.startswith(("regdb-", "rho-", "sensor-"))},
-    **{name: [(d, s) for d in (0, 1) for s in range(2)] for name in EXPERIMENTS if name.startswith("choose-")},
+    **{name: SEEDS3 for name in EXPERIMENTS if name.startswith(("regdb-", "correlation-", "sensor-"))},
+    **{name: [(d, s) for d in (0, 1) for s in range(2)] for name in EXPERIMENTS if name.startswith("held-out-")},
     **{name: [(d, 0) for d in (0, 1)] for name in EXPERIMENTS if name.startswith(("bench-", "long-", "hard-"))},
     "tiny": [(0, 0)],
 }
@@ -204,7 +204,7 @@ def label(
     shots = {1: "single-shot", None: None}.get(about.get("shots"), "multi-shot")
     return " ".join(str(w) for w in (about.get("direction"), about.get("mode"), shots) if w)
 
-def within(
+def intra_modality(
     features,  # `(N,D)`, aligned with `records`
     records,   # the dataset's records
     modality,  # "visible" or "infrared"
@@ -268,12 +268,12 @@ def score(
     found = evaluation.extract_features(net, images, dataset.records, test, device)
     features = np.zeros((len(dataset.records), found.shape[1]), np.float32); features[test] = found
     results = [evaluation.evaluate_protocol(features, dataset.records, p) for p in datasets.protocols(dataset)]
-    modal = {m: within(features, dataset.records, m) for m in ("visible", "infrared")}
+    modal = {m: intra_modality(features, dataset.records, m) for m in ("visible", "infrared")}
     ids = int(dataset.test.pid.nunique())
     metrics = {label(r.about): dict(r.to_dict(), identities=ids) for r in results}
     for r in metrics.values():
         for trial in r["trials"]: del trial["cmc"]                            # ten curves a protocol; the mean's stays
-    out = dict(metrics=metrics, within={m: v.row() for m, v in modal.items() if v},
+    out = dict(metrics=metrics, intra_modality={m: v.row() for m, v in modal.items() if v},
                confidence=training_confidence(net, dataset, images, device) if hasattr(net, "embed") else None,
                attention=attention_summary(net, dataset, images) if getattr(net, "dpa", None) else None, curve=curve(folder))
     return tidy(out), (net, dataset, images, features)

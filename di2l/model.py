@@ -80,20 +80,20 @@ class DI2L(nn.Module):
         dpa=True,             # part attention (Eq. 4); without it the feature is the pooled map
         non_local=True,       # pixel attention (Eq. 2–3)
         parts=3,              # stripes of the part attention
-        reading="global",     # reading of Eq. 4, see `04_dpa`
+        reading="pooled-residual",     # reading of Eq. 4, see `04_dpa`
         gem=3.0,              # exponent of the pooling, 1 is the average
-        retrieve="neck",      # retrieval feature: after the BN neck ("neck") or before it ("pool")
+        retrieve="bn_neck",      # retrieval feature: after the BN neck ("bn_neck") or before it ("pooled")
     ):
         super().__init__()
-        if retrieve not in ("neck", "pool"): raise UserError(f"retrieve {retrieve!r}: expected 'neck' or 'pool'")
+        if retrieve not in ("bn_neck", "pooled"): raise UserError(f"retrieve {retrieve!r}: expected 'bn_neck' or 'pooled'")
         trunk, other = build_trunk(backbone, weights), build_trunk(backbone, weights)
         self.visible_stem, self.infrared_stem = (nn.Sequential(t.conv1, t.bn1, t.relu, t.maxpool) for t in (trunk, other))
         self.stage1, self.stage2, self.stage3, self.stage4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
         C2, C3, C4 = (_width(s) for s in (self.stage2, self.stage3, self.stage4))
         self.non_local2, self.non_local3 = (NonLocal(C2), NonLocal(C3)) if non_local else (nn.Identity(), nn.Identity())
         self.dpa = DPA(C4, parts, reading, q=gem) if dpa else None
-        self.neck = nn.BatchNorm1d(C4)
-        self.neck.bias.requires_grad_(False)
+        self.bn_neck = nn.BatchNorm1d(C4)
+        self.bn_neck.bias.requires_grad_(False)
         self.classifier = nn.Linear(C4, num_ids, bias=False)
         nn.init.normal_(self.classifier.weight, std=0.001)
         self.gem, self.retrieve, self.dim, self.num_ids = gem, retrieve, C4, num_ids
@@ -116,7 +116,7 @@ class DI2L(nn.Module):
         x = self.maps(visible, infrared)
         with torch.autocast(x.device.type, enabled=False):
             feature = self.dpa(x) if self.dpa else stripe_pool(x, 1, self.gem)[..., 0]        # (B,D)
-            after = self.neck(feature)
+            after = self.bn_neck(feature)
             return feature, after, self.classifier(after)
 
     def forward(self,
@@ -126,7 +126,7 @@ class DI2L(nn.Module):
         "Training wants distances and classes, retrieval directions."
         feature, after, logits = self.embed(visible, infrared)
         if self.training: return feature, logits
-        return F.normalize(feature if self.retrieve == "pool" else after)
+        return F.normalize(feature if self.retrieve == "pooled" else after)
 
 def _width(stage):
     "Channels that come out of a stage."
@@ -151,7 +151,7 @@ def trace_shapes(
 @dataclass(frozen=True)
 class Method:
     "A row of Table 1. Subclasses are dataclasses whose fields are the method's settings."
-    copies = 1                 # how many times the rows of the visible images come, in `views` as in the losses
+    visible_views = 1                 # how many times the rows of the visible images come, in `augment` as in the losses
 
     def network(self,
         num_ids,  # K
@@ -159,17 +159,17 @@ class Method:
         "The method's network. Where it also has `embed(visible=, infrared=)` → (feature, feature after the neck, logits), records hold the training images' confidence too."
         raise NotImplementedError
 
-    def views(self,
+    def augment(self,
         visible,         # `(B,3,H,W)` uint8
         infrared,        # `(B,3,H,W)` uint8
         generator=None,  # CPU `torch.Generator` for every draw
-        out=None,        # what `views` returned for an earlier batch that nobody needs any more: its memory may be used
+        out=None,        # what `augment` returned for an earlier batch that nobody needs any more: its memory may be used
     ):                   # the network's arguments: normalised float images by name
         "Augment a batch."
         raise NotImplementedError
 
     def losses(self,
-        features,  # `(N,D)`, rows in the order of `views`
+        features,  # `(N,D)`, rows in the order of `augment`
         logits,    # `(N,K)`
         pids,      # class of each row `(N,)`
     ):             # {term: scalar}; the loss is their sum
@@ -185,9 +185,9 @@ class DI2LMethod(Method):
     dpa: bool = True               # part attention, Eq. 4
     non_local: bool = True         # pixel attention, Eq. 2–3
     parts: int = 3                 # stripes of the part attention
-    reading: str = "global"        # reading of Eq. 4: global, residual, sum or literal
+    reading: str = "pooled-residual"        # reading of Eq. 4: pooled-residual, part-residual, weighted-sum or diagonal
     gem: float = 3.0               # pooling exponent, 1 is the average
-    retrieve: str = "neck"         # retrieval feature: after the BN neck, or before it ("pool")
+    retrieve: str = "bn_neck"         # retrieval feature: after the BN neck, or before it ("pooled")
     rca: bool = True               # channel-augmented copy of every visible image, Eq. 1
     flip: float = 0.5              # probability of a flip
     crop: float = 0.5              # probability of a shift
@@ -205,12 +205,12 @@ class DI2LMethod(Method):
             if (value := getattr(self, name)) is not None and not 0 < value < 1e6: raise UserError(f"{name} = {value!r}: expected a number above 0")
 
     @property
-    def copies(self): return 1 + self.rca
+    def visible_views(self): return 1 + self.rca
 
     def network(self, num_ids):
         return DI2L(num_ids, self.backbone, self.weights, self.dpa, self.non_local, self.parts, self.reading, self.gem, self.retrieve)
 
-    def views(self, visible, infrared, generator=None, out=None):
+    def augment(self, visible, infrared, generator=None, out=None):
         if self.rca: visible = torch.cat([visible, channel_augment(visible, generator=generator)])
         look = lambda name, images: prepare(images, generator, self.flip, self.crop, self.erase, self.pad, out and out[name])
         return dict(visible=look("visible", visible), infrared=look("infrared", infrared))

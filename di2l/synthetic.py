@@ -44,7 +44,7 @@ class Settings:
     test_visible: int = 10        # images of a test identity in each visible camera that sees it (multi-shot needs 10)
     test_infrared: int = 5        # images of a test identity in each infrared camera that sees it
     missing: float = 0.12         # share of camera-identity pairs that do not exist
-    rho: float = 0.85             # correlation of near-infrared reflectance with visible luminance, over colours of cloth; scales the sun on it in thermal
+    correlation: float = 0.85             # correlation of near-infrared reflectance with visible luminance, over colours of cloth; scales the sun on it in thermal
     ir_noise: float = 1.0         # noise of the infrared sensor, 1 = usual
     ir_resolution: float = 1.0    # resolution of the infrared sensor over that of the visible ones, 0.1 … 1
     heading: float = 63.0         # people face the camera within ± this many degrees; 180 = any way
@@ -57,7 +57,7 @@ class Settings:
 PRESETS = {
     "tiny": Settings(identities=16, val_identities=4, test_identities=8, images=2, test_infrared=3),
     "default": Settings(),
-    "hard": Settings(rho=0.5, heading=90.0, nuisance=1.4, occlusion=0.25, ir_noise=1.5, ir_resolution=0.7),
+    "hard": Settings(correlation=0.5, heading=90.0, nuisance=1.4, occlusion=0.25, ir_noise=1.5, ir_resolution=0.7),
     "regdb": Settings(layout="regdb", height=128, width=64, identities=206, val_identities=41, test_identities=206, images=10, test_infrared=10,
                       missing=0.0, heading=15.0, nuisance=0.4, occlusion=0.0, ir_noise=0.5, ir_resolution=1.0),
 }
@@ -128,12 +128,12 @@ def contrasting(
 
 def near_infrared(
     rgb: np.ndarray,            # linear RGB reflectance (3,)
-    rho: float,                 # correlation wanted with visible luminance
+    correlation: float,                 # correlation wanted with visible luminance
     rng: np.random.Generator,   # source of the part that luminance does not explain
 ) -> float:  # reflectance in near infrared
     "Near-infrared reflectance of a dyed cloth: correlated with its luminance by ρ, the rest its own."
     seen = (tone(rgb) - 0.50) / 0.22
-    score = rho * seen + math.sqrt(1 - rho * rho) * rng.standard_normal()
+    score = correlation * seen + math.sqrt(1 - correlation * correlation) * rng.standard_normal()
     return min(max(0.60 + 0.20 * score, 0.15), 0.97) ** 2
 
 # %% ../nbs/01_synthetic.ipynb #49f16c55
@@ -190,14 +190,14 @@ def draw_pattern(
 def draw_person(
     seed: int,   # of the data
     pid: int,    # identity; negative ones are passers-by
-    rho: float,  # see `Settings`
+    correlation: float,  # see `Settings`
 ) -> Person:
     "The identity `pid` of benchmark `seed`."
     rng = stream(seed, 1, pid)
     size, wear = draw_size(rng), draw_wear(rng)
     pairs = [contrasting(lambda: draw_colour(rng), tone, 0.25) for _ in range(SLOTS)]
     own = stream(seed, 2, pid)  # ρ changes infrared alone: people stay the same people
-    nir = np.array([contrasting(lambda k=iter((0, *[1] * 20)): near_infrared(pair[next(k)], rho, own), math.sqrt, 0.15) for pair in pairs]).T
+    nir = np.array([contrasting(lambda k=iter((0, *[1] * 20)): near_infrared(pair[next(k)], correlation, own), math.sqrt, 0.15) for pair in pairs]).T
     rgb = np.array(pairs).swapaxes(0, 1)
     brown, dark = rng.random(), rng.random()
     rgb[:, SKIN] = np.array([0.60, 0.40, 0.30]) * (1 - brown) + np.array([0.14, 0.08, 0.055]) * brown
@@ -210,7 +210,7 @@ def draw_person(
         if pattern[UPPER, 0] in (LOGO, BLOCK): pattern[SLEEVE, 0] = PLAIN
     heat = np.array([33, 29, 26.5, 27, 27, 28.5, 27.5, 25.5, 21.5]) + rng.uniform(-1.5, 1.5, SLOTS)
     heat[UPPER] = heat[SLEEVE] = dict(tee=29.5, shirt=28.5, vest=27, jacket=26, hoodie=26.5, coat=24.5)[wear["upper"]] + rng.uniform(-1, 1)
-    sun = 9 * rho * (0.5 - np.sqrt(rgb @ LUMINANCE))  # dark cloth is warmer in the sun
+    sun = 9 * correlation * (0.5 - np.sqrt(rgb @ LUMINANCE))  # dark cloth is warmer in the sun
     sun[:, [SKIN, HAIR]] = 0
     return Person(size, wear, rgb, nir, heat + sun, pattern)
 
@@ -765,7 +765,7 @@ def stage(
 ) -> Scene:
     "Put the person, perhaps a passer-by and an object, before the camera."
     H, W, n = settings.height * SUPER, settings.width * SUPER, settings.nuisance
-    person = draw_person(seed, pid, settings.rho)
+    person = draw_person(seed, pid, settings.correlation)
     tall = .5 * person.size["height"] + .5 * 1.72  # detectors cut out what they find: half of the height is lost
     scale = H / (tall * (1.13 + .10 * n * rng.random()))
     view = View(math.radians(settings.heading) * rng.uniform(-1, 1), optics(seed, camera.number, n)["pitch"], scale,
@@ -774,7 +774,7 @@ def stage(
     (there, side, far, near), distance = rng.random(4), rng.uniform(3.0, 3.0 + 4 * n)
     if there < settings.occlusion / 2:  # a passer-by
         aside = (1 if side < .5 else -1) * (.42 + .3 * far)
-        other = draw_person(seed, -1 - int(rng.integers(200)), settings.rho)
+        other = draw_person(seed, -1 - int(rng.integers(200)), settings.correlation)
         cast.append((other, replace(view, heading=rng.uniform(-3.1, 3.1), x=view.x + aside * scale, y=view.y + .02 * H, z=.5 if near < .6 else -.7)))
     cast = [(*c, (rng.uniform(0, 2 * math.pi), rng.random() ** .5, .5 * rng.uniform(-1, 1))) for c in cast]
     skin, people = assemble(cast, H, W)
@@ -980,7 +980,7 @@ def render(
 
 # %% ../nbs/01_synthetic.ipynb #0f7ca6f2
 NUMBERS = dict(height=(32, 1024), width=(16, 512), identities=(2, 9000), val_identities=(1, 8999), test_identities=(2, 9000), images=(1, 1000),
-               test_visible=(1, 1000), test_infrared=(1, 1000), missing=(0, .5), rho=(0, 1), ir_noise=(0, 20), ir_resolution=(.1, 1),
+               test_visible=(1, 1000), test_infrared=(1, 1000), missing=(0, .5), correlation=(0, 1), ir_noise=(0, 20), ir_resolution=(.1, 1),
                heading=(0, 180), nuisance=(0, 3), occlusion=(0, 1), quality=(1, 95))  # range of each knob
 
 def settings_for(

@@ -186,7 +186,7 @@ def learning_rate(
     return warm * 0.5 * (1 + math.cos(math.pi * step / total))
 
 # %% ../nbs/08_train.ipynb #07341347
-HEADS = ("neck", "classifier")   # children of a network that learn at `head_lr` times the trunk's rate
+HEADS = ("bn_neck", "classifier")   # children of a network that learn at `head_lr` times the trunk's rate
 
 def make_optimiser(
     c,        # `Config`
@@ -242,7 +242,7 @@ class Batches:
         labels = np.full(len(dataset.records), -1)
         labels[dataset.train.index] = [codes[p] for p in dataset.train.pid]
         self.labels, self.num_ids, self.images = torch.from_numpy(labels).to(device), len(codes), self._images(cache)
-        own, order = shares(method.copies, c.ids * c.visible, c.ids * c.infrared, world)
+        own, order = shares(method.visible_views, c.ids * c.visible, c.ids * c.infrared, world)
         self.own, self.order = ([r.to(device) for r in own[rank]], order.to(device)) if world > 1 else (None, None)
 
     def _images(self, cache):
@@ -269,10 +269,10 @@ class Batches:
         "Views and identities."
         visible, infrared = (rows[batch] for rows in self.rows(epoch))
         raw = [self.images(rows, last) for rows, last in zip((visible, infrared), self.raw)]
-        views = self.method.views(*raw, draws(self.c.seed, epoch, batch), self.last)
+        views = self.method.augment(*raw, draws(self.c.seed, epoch, batch), self.last)
         if self.reuse: self.raw, self.last = raw, views
         if self.own: views = {k: views[k][own] for k, own in zip(("visible", "infrared"), self.own)}
-        pids = torch.cat([self.labels[visible].repeat(self.method.copies), self.labels[infrared]])
+        pids = torch.cat([self.labels[visible].repeat(self.method.visible_views), self.labels[infrared]])
         return {k: v.contiguous(memory_format=torch.channels_last) for k, v in views.items()}, pids
 
 # %% ../nbs/08_train.ipynb #cbaf0b68
@@ -696,7 +696,7 @@ class Run:
     def _show(self, rows, bar, curves, speed):
         "Log, bar and curves."
         self.log.write(rows); bar.update(len(rows)); curves.update()
-        images = self.c.accumulate * self.c.ids * (self.c.visible * self.method.copies + self.c.infrared)
+        images = self.c.accumulate * self.c.ids * (self.c.visible * self.method.visible_views + self.c.infrared)
         bar.set_postfix_str(f"{' '.join(f'{n} {rows[-1][n]:.3f}' for n in self.names)} {images * speed:.0f} images/s")
 
     def _any(self, caught):

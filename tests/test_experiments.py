@@ -48,7 +48,7 @@ def test_a_record_is_read_and_not_made_again(made, monkeypatch):
 
 def test_record_holds_what_it_promises(made):
     r = made[1]
-    assert {"identity", "config", "seed", "data_seed", "data", "device", "precision", "versions", "seconds", "metrics", "curve", "within", "confidence"} <= r.keys()
+    assert {"identity", "config", "seed", "data_seed", "data", "device", "precision", "versions", "seconds", "metrics", "curve", "intra_modality", "confidence"} <= r.keys()
     assert r["metrics"][X.ALL_SEARCH]["trials"] and len(r["metrics"][X.ALL_SEARCH]["trials"]) == 10
     assert set(r["confidence"]) == {"visible", "infrared"} and len(r["curve"]["step"]) == r["config"]["steps"]
     assert sum(r["attention"]["mean"]) == pytest.approx(1, abs=1e-4) and 0 <= r["attention"]["saturated"] <= 1 and r["attention"]["images"] > 100
@@ -121,7 +121,7 @@ def test_held_out_runs_never_see_test_identities(made):
     held = hold_out(full)
     assert not set(held.records.pid) & set(full.test.pid)
     assert set(held.test.pid) <= set(full.train.pid) and not set(held.test.pid) & set(held.train.pid)
-    assert all(X.configuration(X.EXPERIMENTS[n], 0).hold_out for n in X.EXPERIMENTS if n.startswith("choose-"))
+    assert all(X.configuration(X.EXPERIMENTS[n], 0).hold_out for n in X.EXPERIMENTS if n.startswith("held-out-"))
 
 
 def test_unknown_experiment_suggests_a_name():

@@ -79,13 +79,13 @@ def fake_record(name, data_seed, seed):
     "A record that says what is easily predicted: focal loss gains 2 points over CE, DPA 3 over the baseline, seeds differ by 1."
     from di2l import experiments
     level = 60 + 5 * data_seed + seed + 3 * (name == "dpa") + 5 * (name == "di2l") - 4 * (name == "agw")
-    if name.startswith(("rho-", "sensor-")): level = 50 + 20 * float(name.split("-")[1]) + seed + 2 * name.endswith("focal") + 0.1 * seed * name.endswith("focal")
+    if name.startswith(("correlation-", "sensor-")): level = 50 + 20 * float(name.split("-")[1]) + seed + 2 * name.endswith("focal") + 0.1 * seed * name.endswith("focal")
     metrics = lambda x: {k: (x + d) / 100 for k, d in dict(rank1=0, rank10=10, rank20=15, mAP=-5, mINP=-20).items()}
     shots = {f"infrared→visible {m} {s}-shot": metrics(level + 4 * (s == "multi")) for m in ("all", "indoor") for s in ("single", "multi")}
     both = {f"{d} all": metrics(level) for d in ("infrared→visible", "visible→infrared")}
     sure = dict(visible=dict(confidence=0.9, accuracy=1.0), infrared=dict(confidence=0.8 + 0.02 * (name.endswith("focal") or name == "di2l") + 0.001 * seed, accuracy=0.95))
     return dict(name=name, identity=experiments.identity(experiments.experiment(name), data_seed, seed), metrics=both if name.startswith("regdb") else shots,
-                within=dict(visible={"rank-1": level + 10}, infrared={"rank-1": level - 10 + seed}), confidence=sure)
+                intra_modality=dict(visible={"rank-1": level + 10}, infrared={"rank-1": level - 10 + seed}), confidence=sure)
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_non_local_equals_the_equation_in_float64(seed, C, H, W, scale):
 
 
 @settings(max_examples=30)
-@given(seeds, st.sampled_from(["global", "residual", "sum", "literal"]), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1.0, 3.0]))
+@given(seeds, st.sampled_from(["pooled-residual", "part-residual", "weighted-sum", "diagonal"]), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1.0, 3.0]))
 def test_dpa_equals_its_reading_in_float64(seed, reading, P, q):
     torch.manual_seed(seed)
     dpa, x = DPA(5, P, reading, q=q).eval(), torch.rand(3, 5, 6, 4)
@@ -264,7 +264,7 @@ def test_network_is_the_composition_of_its_parts():
         torch.nn.init.normal_(block.z.weight, std=0.1)
     visible, infrared = torch.randn(2, 3, 96, 48), torch.randn(3, 3, 96, 48)
     x = torch.cat([net.visible_stem(visible), net.infrared_stem(infrared)])
-    for module in (net.stage1, net.stage2, net.non_local2, net.stage3, net.non_local3, net.stage4, net.dpa, net.neck):
+    for module in (net.stage1, net.stage2, net.non_local2, net.stage3, net.non_local3, net.stage4, net.dpa, net.bn_neck):
         x = module(x)
     with torch.no_grad():
         assert torch.allclose(net(visible=visible, infrared=infrared), x / x.norm(dim=1, keepdim=True), atol=1e-6)
@@ -284,18 +284,18 @@ def test_no_parameter_is_idle(name):
     net, pids = method.network(4), torch.arange(4).repeat_interleave(2)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
     for step in range(2):
-        features, logits = net(**method.views(pixels(8, 96, 48, step), pixels(8, 96, 48, step + 9), generator(step)))
-        assert len(features) == 8 * method.copies + 8
+        features, logits = net(**method.augment(pixels(8, 96, 48, step), pixels(8, 96, 48, step + 9), generator(step)))
+        assert len(features) == 8 * method.visible_views + 8
         optimiser.zero_grad()
-        sum(method.losses(features, logits, torch.cat([pids] * method.copies + [pids])).values()).backward()
+        sum(method.losses(features, logits, torch.cat([pids] * method.visible_views + [pids])).values()).backward()
         optimiser.step()
     assert [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 
 def test_baselines_are_di2l_with_switches_thrown():
     assert CAJMethod() == CAJMethod(dpa=False, gamma=0.0) and not CAJMethod().dpa
-    assert (AGWMethod().rca, AGWMethod().squared, AGWMethod().copies) == (False, False, 1)
-    assert (DI2LMethod().copies, DI2LMethod().gamma, DI2LMethod().squared) == (2, 2.0, True)
+    assert (AGWMethod().rca, AGWMethod().squared, AGWMethod().visible_views) == (False, False, 1)
+    assert (DI2LMethod().visible_views, DI2LMethod().gamma, DI2LMethod().squared) == (2, 2.0, True)
 
 
 def test_losses_are_those_of_the_pieces():

@@ -113,7 +113,7 @@ def test_the_processor_s_vector_width_does_not_change_a_bit():
 
 
 # --- knobs --------------------------------------------------------------------
-CHANGED = dict(height=128, width=64, missing=0.4, rho=0.2, ir_noise=3.0, ir_resolution=0.5, heading=180.0, nuisance=0.3, occlusion=1.0, silhouette=True, quality=60,
+CHANGED = dict(height=128, width=64, missing=0.4, correlation=0.2, ir_noise=3.0, ir_resolution=0.5, heading=180.0, nuisance=0.3, occlusion=1.0, silhouette=True, quality=60,
                identities=6, val_identities=1, test_identities=4, images=2, test_visible=11, test_infrared=1)
 
 @pytest.mark.parametrize("knob", sorted(CHANGED))
@@ -129,7 +129,7 @@ def test_every_knob_changes_something(knob, small, tmp_path):
         done = dict(synthetic.write_identity(str(tmp_path), s, 0, pid, test))
         old = {p.relative_to(small).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in small.glob(f"cam*/{pid:04d}/*.jpg")}
         assert done != old
-        if knob in ("rho", "ir_noise", "ir_resolution"):  # the infrared side alone
+        if knob in ("correlation", "ir_noise", "ir_resolution"):  # the infrared side alone
             assert all(done[n] == old[n] for n in done if not n.startswith(("cam3", "cam6")))
             assert all(done[n] != old[n] for n in done if n.startswith(("cam3", "cam6")))
 
@@ -139,13 +139,13 @@ def test_all_knobs_are_known_and_documented():
     assert all(docments(Settings)[f.name] for f in fields(Settings))
     for name, s in PRESETS.items(): assert synthetic.settings_for(name) == synthetic.check(s) == s
 
-@pytest.mark.parametrize("rho", [0.0, 0.5, 0.75, 1.0])
-def test_rho_is_the_correlation_of_infrared_with_luminance(rho):
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.75, 1.0])
+def test_rho_is_the_correlation_of_infrared_with_luminance(correlation):
     rng = stream(0, 77)
     colours = [draw_colour(rng) for _ in range(4000)]
     seen = np.sqrt([float((c * synthetic.LUMINANCE).sum()) for c in colours])
-    infrared = np.sqrt([near_infrared(c, rho, rng) for c in colours])
-    assert abs(np.corrcoef(seen, infrared)[0, 1] - rho) < 0.05
+    infrared = np.sqrt([near_infrared(c, correlation, rng) for c in colours])
+    assert abs(np.corrcoef(seen, infrared)[0, 1] - correlation) < 0.05
 
 def test_patterns_can_be_seen_in_both_spectra():
     people = [synthetic.draw_person(0, pid, 0.75) for pid in range(1, 101)]
@@ -161,14 +161,14 @@ def test_infrared_has_no_colour_and_visible_has():
 
 def test_thermal_sees_warmth_and_a_pattern_by_the_sun_alone():
     calm, same = replace(PRESETS["regdb"], nuisance=0.0, ir_noise=0.0, occlusion=0.0), {}
-    for rho in (0.0, calm.rho):
-        calm = replace(calm, rho=rho)
+    for correlation in (0.0, calm.correlation):
+        calm = replace(calm, correlation=correlation)
         a = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
-        person = synthetic.draw_person(0, 1, rho)
+        person = synthetic.draw_person(0, 1, correlation)
         kept = person.pattern.copy()
         try: person.pattern[:, 0] = synthetic.CHECKS; b = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
         finally: person.pattern[:] = kept
-        same[rho] = np.array_equal(a, b)
+        same[correlation] = np.array_equal(a, b)
     assert list(same.values()) == [True, False]
     heat = synthetic.draw_person(0, 1, 0.0).heat                  # without the sun on it
     assert (heat[:, synthetic.SKIN] > heat[:, synthetic.UPPER]).all() and (heat[:, synthetic.UPPER] > heat[:, synthetic.BAG]).all() and (heat[0] == heat[1]).all()
@@ -223,7 +223,7 @@ def test_the_same_again_is_left_alone(small):
 
 def test_another_configuration_is_never_overwritten(small):
     before = fingerprint(small)
-    with pytest.raises(UserError, match="rho=0.85 there, 0.5 wanted.*another folder or delete"): write_benchmark(small, **{**SMALL, "rho": 0.5})
+    with pytest.raises(UserError, match="correlation=0.85 there, 0.5 wanted.*another folder or delete"): write_benchmark(small, **{**SMALL, "correlation": 0.5})
     with pytest.raises(UserError, match="seed=0 there, 1 wanted"): write_benchmark(small, seed=1, **SMALL)
     assert fingerprint(small, deep=True) == before
 
@@ -307,9 +307,9 @@ def test_an_end_that_a_cluster_asks_for_leaves_nothing(tmp_path, workers):
 @pytest.mark.parametrize("knobs, message", [
     (dict(preset="giant"), "preset 'giant'; expected one of tiny, default, hard, regdb"),
     (dict(identities=0, val_identities=0), "identities=0; expected a number from 2"),
-    (dict(rho=1.5), "rho=1.5; expected a number from 0 to 1"), (dict(rho=float("nan")), "rho=nan"), (dict(rho="much"), "rho='much'; expected a number"),
+    (dict(correlation=1.5), "correlation=1.5; expected a number from 0 to 1"), (dict(correlation=float("nan")), "correlation=nan"), (dict(correlation="much"), "correlation='much'; expected a number"),
     (dict(test_visible=4), "multi-shot protocol draws 10"), (dict(val_identities=300), "at least one identity left"),
-    (dict(missing=0.9), "missing=0.9"), (dict(roh=0.5), "did you mean 'rho'"), (dict(images=2.5), "a whole number"), (dict(silhouette=3), "true or false"),
+    (dict(missing=0.9), "missing=0.9"), (dict(corelation=0.5), "did you mean 'correlation'"), (dict(images=2.5), "a whole number"), (dict(silhouette=3), "true or false"),
     (dict(preset="regdb", images=5), "three equal numbers"), (dict(preset="regdb", identities=5), "two equal numbers"), (dict(layout="llcm"), "'sysu' or 'regdb'"),
     (dict(seed=-1), "seed=-1"), (dict(height=4), "height=4"), (dict(quality=100), "quality=100"), (dict(workers=0), "workers=0"), (dict(chunk=0), "chunk=0"),
 ])
@@ -331,7 +331,7 @@ def test_the_command_writes_a_benchmark(small, tmp_path):
 
 def test_the_command_says_what_is_wrong(tmp_path):
     assert run("--help").returncode == 0
-    for words, message in (((tmp_path / "b", "--rho", 2), "rho=2"), ((tmp_path / "b", "--preset", "giant"), "giant"), ((tmp_path / "b", "--silhouette", "perhaps"), "true or false")):
+    for words, message in (((tmp_path / "b", "--correlation", 2), "correlation=2"), ((tmp_path / "b", "--preset", "giant"), "giant"), ((tmp_path / "b", "--silhouette", "perhaps"), "true or false")):
         done = run(*words)
         assert done.returncode == 1 and done.stderr.startswith("error: ") and message in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert run(tmp_path / "b", "--no_such_knob", 1).returncode == 2

@@ -334,7 +334,7 @@ def test_shares_are_the_samplers_and_disjoint(small):
     run = T.Run(small(), "unused")
     visible, infrared = (r[0] for r in run.batches.rows(0))
     for world in 2, 4:
-        own, order = T.shares(run.method.copies, len(visible), len(infrared), world)
+        own, order = T.shares(run.method.visible_views, len(visible), len(infrared), world)
         for rank, (v, i) in enumerate(own):
             shard = IdentitySampler(run.dataset.train, 4, 2, 2, seed=0, rank=rank, world=world).epoch(0)[0]
             assert visible.repeat(2)[v].tolist() == [*shard[0], *shard[0]] and infrared[i].tolist() == shard[1].tolist()
@@ -553,7 +553,7 @@ def test_heads_learn_at_their_own_rate(small):
     run = T.Run(small(head_lr=10.0, lr=1e-3), "unused")
     rates = {id(p): g["rate"] for g in run.optimiser.param_groups for p in g["params"]}
     for name, p in run.network.named_parameters():
-        if p.requires_grad: assert rates[id(p)] == pytest.approx(1e-2 if name.startswith(("neck.", "classifier.")) else 1e-3)
+        if p.requires_grad: assert rates[id(p)] == pytest.approx(1e-2 if name.startswith(("bn_neck.", "classifier.")) else 1e-3)
     assert len(rates) == sum(p.requires_grad for p in run.network.parameters())
 
 
@@ -563,7 +563,7 @@ def test_heads_learn_at_their_own_rate(small):
     (dict(schedule="cosin"), "did you mean 'cosine'"), (dict(method="cja"), "did you mean 'caj'"), (dict(epochs=0, steps=0), "1 or more"),
     (dict(momentum=0.5), "momentum does nothing with optimiser = 'adamw'"), (dict(milestones=(3,)), "milestones does nothing"), (dict(trial=2), "only regdb has trials"),
     (dict(compile="perhaps"), "true or false"), (dict(weight_decay=-1), "0 or more"), (dict(gamma="two"), "gamma = 'two' is not a number"),
-    (dict(dpa=False, parts=6), "parts does nothing with dpa = False"), (dict(method="caj", reading="sum"), "reading does nothing"), (dict(crop=0, pad=30), "pad does nothing"),
+    (dict(dpa=False, parts=6), "parts does nothing with dpa = False"), (dict(method="caj", reading="weighted-sum"), "reading does nothing"), (dict(crop=0, pad=30), "pad does nothing"),
     (dict(seed=10**30), "under 2"), (dict(warmup=float("inf")), "under 2"), (dict(gamma=-1), "gamma = -1.0: expected"), (dict(parts=0), "parts = 0"), (dict(gem=0), "gem = 0.0"),
     (dict(flip=2), "flip = 2.0"), (dict(flip=float("nan")), "flip = nan"), (dict(wrt_scale=0), "above 0"), (dict(settings="x"), "by its own name"),
     (dict(compile=True, checkpointing=True), "take one of the two")])
