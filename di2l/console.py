@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'suggest', 'one_of', 'between', 'whole', 'in_notebook', 'progress', 'field_types', 'read_value',
-           'any_terminal', 'options', 'command', 'run_command']
+           'steady_streams', 'options', 'command', 'run_command']
 
 # %% ../nbs/50_console.ipynb #3d4b00cb
 import difflib, inspect, io, math, os, signal, sys, typing, warnings
@@ -129,12 +129,28 @@ def read_value(
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise UserError(f"{name} = {value!r} is not {_KINDS.get(kind, kind.__name__)}") from None
 
-# %% ../nbs/50_console.ipynb #b117db8f
-def any_terminal():
-    "Print a ? for what this terminal or file cannot hold, such as → in an old encoding, and go on."
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+# %% ../nbs/50_console.ipynb #b3698770
+class _Steady:
+    "A stream whose reader may go away, as `head` does: what nobody reads is dropped."
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text): return self._try(self.stream.write, text)
+    def flush(self): return self._try(self.stream.flush)
 
+    def _try(self, do, *args):
+        try: return do(*args)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return do(*args)
+
+def steady_streams():
+    "Output that ends no command, be it closed, without a reader, or in an encoding that lacks a character."
+    for name in "stdout", "stderr":
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+        setattr(sys, name, _Steady(stream))
+
+# %% ../nbs/50_console.ipynb #6067ac27
 def options(
     words,  # of a command line, what is no argument of the function
 ):          # {name: text or True}
@@ -176,7 +192,7 @@ def _parse(main, name, tables, words):
     found = {k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}
     return {**found, **options(rest)}
 
-# %% ../nbs/50_console.ipynb #77d54f82
+# %% ../nbs/50_console.ipynb #7ebe591d
 def command(
     name,         # as it is typed
     tables=None,  # function without arguments → {title: dataclass whose fields `**changes` may name}
@@ -203,11 +219,10 @@ def run_command(
     words,   # of the command line
 ):           # exit status
     "Run a command; what goes wrong is said in one line."
-    any_terminal()
+    steady_streams()
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))              # by way of what tidies up
     try: result = main(**_parse(main, name, tables, words))
-    except BrokenPipeError: os._exit(1)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return getattr(e, "status", 1)

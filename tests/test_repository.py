@@ -75,32 +75,90 @@ def test_outputs_carry_nothing_of_one_machine(path):
             assert not re.search(r"\b\d\d:\d\d:\d\d\b|it/s|images/s|\bETA\b", text), f"a time in the output of: {source(cell)[:80]}"
 
 
-def modules_in_order():
-    return {re.search(r"#\| default_exp (\w+)", s).group(1): i for i, p in enumerate(NOTEBOOKS) for c in cells(p)
-            if "#| default_exp" in (s := source(c))}
+def exported(path):
+    "The module that a notebook exports to, or None."
+    found = re.search(r"#\| default_exp ([\w.]+)", "\n".join(map(source, cells(path))))
+    return found and found.group(1)
+
+
+MODULES = {name: path for path in NOTEBOOKS if (name := exported(path))}
+READING = [name for name, path in MODULES.items() if path.stem < "30"]
+
+
+def module_file(name):
+    return ROOT / "di2l" / (name.replace(".", "/") + ".py")
+
+
+def lines_of(path):
+    "Lines that a notebook exports, blank ones and directives aside."
+    code = [source(c) for c in cells(path)]
+    return sum(1 for s in code if "#| export" in s for line in s.splitlines() if line.strip() and not line.startswith("#|"))
+
+
+def imports(name, everywhere=True):
+    "Modules of di2l that a module imports; with `everywhere` also inside its functions."
+    tree, found = ast.parse(module_file(name).read_text(encoding="utf-8")), set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "di2l"):
+            tail = (node.module or "") if node.level else node.module.removeprefix("di2l").strip(".")
+            whole = ".".join([*(name.split(".")[:-node.level] if node.level else []), *([tail] if tail else [])])
+            found |= {whole} if whole in MODULES else {f"{whole}.{a.name}".strip(".") for a in node.names}
+    return found & MODULES.keys()
+
+
+def test_a_line_fits_the_pane_and_a_cell_holds_one_idea():
+    "A JupyterLab pane in a window of 1,500 pixels shows about 115 characters."
+    wide, long = [], []
+    for path in NOTEBOOKS:
+        code = [source(c).splitlines() for c in cells(path)]
+        wide += [f"{path.stem}: {line[:60]}" for lines in code for line in lines if len(line) > 110]
+        too_long = [f"{path.stem}: {len(lines)} lines from {lines[0][:60]!r}" for lines in code if len(lines) > 40]
+        long += too_long if len(too_long) > 1 else []
+    assert wide == [] and long == []
+
+
+def test_no_notebook_on_the_reading_path_is_long():
+    "Pieces of the paper 200 exported lines at most, the idea of evaluation 250, any other 300."
+    most = dict.fromkeys(READING, 300) | {f"{n}": 200 for n in ("rca", "non_local", "dpa", "focal", "wrt", "model")} | {"eval": 250}
+    assert {n: k for n in READING if (k := lines_of(MODULES[n])) > most[n]} == {}
+
+
+def test_package_is_small():
+    "The package without the methods of Table 1's other rows."
+    counted = {n: lines_of(p) for n, p in MODULES.items() if not n.startswith("methods.")}
+    assert sum(counted.values()) <= 4500, counted
 
 
 def test_notebook_order_is_import_order():
-    order = modules_in_order()
-    assert len(order) >= 11
-    for name, place in order.items():
-        tree = ast.parse((ROOT / "di2l" / f"{name}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("di2l") or isinstance(node, ast.ImportFrom) and node.level:
-                tail = (node.module or "").removeprefix("di2l").strip(".")
-                for used in [tail] if tail else [a.name for a in node.names]:
-                    assert order.get(used, -1) < place, f"{name} imports {used}, which comes later"
+    "The reading path imports what the reader has met, or an engine room; engine rooms run in no circle."
+    assert len(READING) >= 10
+    for place, name in enumerate(READING):
+        later = [used for used in imports(name) if used in READING[place:]]
+        assert later == [], f"{name} imports what comes later: {later}"
+
+
+def test_no_circles():
+    "At import time, that is outside of functions."
+    graph = {name: imports(name, everywhere=False) for name in MODULES}
+    while free := [name for name, used in graph.items() if not used & graph.keys()]:
+        for name in free: del graph[name]
+    assert graph == {}
 
 
 def test_evaluation_never_imports_training():
-    assert not re.search(r"import .*\btrain\b|di2l\.train", (ROOT / "di2l" / "eval.py").read_text(encoding="utf-8"))
+    seen, todo = set(), ["eval"]
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        todo += imports(name) - seen
+    assert "train" not in seen and "experiments" not in seen
 
 
 def test_documented():
     "Every public function and class says what it does."
     silent = []
-    for name in modules_in_order():
-        for node in ast.parse((ROOT / "di2l" / f"{name}.py").read_text(encoding="utf-8")).body:
+    for name in MODULES:
+        for node in ast.parse(module_file(name).read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
                 silent.append(f"{name}.{node.name}")
     assert silent == []
@@ -108,7 +166,7 @@ def test_documented():
 
 def test_importing_is_cheap():
     "All modules cost less than 0.3 s of processor time beyond torch: the median of five, torch's own import taken out."
-    names = [n for n in modules_in_order() if n != "experiments"]
+    names = [n for n in MODULES if n.split(".")[0] not in ("experiments", "results")]
     code = ("import torch, time; t = time.process_time(); " + "; ".join(f"import di2l.{n}" for n in names) + "; print(time.process_time() - t)")
     seconds = sorted(float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout) for _ in range(5))
     assert seconds[2] < 0.3, f"importing di2l took {seconds[2]:.2f} s beyond torch"
