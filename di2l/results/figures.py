@@ -22,7 +22,7 @@ def style():  # matplotlib's `pyplot`
     sns.set_theme(context="paper", style="ticks", palette=list(COLOURS), rc=rc)
     return plt
 
-# %% ../../nbs/72_figures.ipynb #28611f5f
+# %% ../../nbs/72_figures.ipynb #c91c9d8b
 def save_figure(
     fig,               # matplotlib's
     name,              # file name without ending
@@ -31,10 +31,9 @@ def save_figure(
     dpi=160,           # dots an inch
 ):
     "Write a figure as PNG and the table behind it as CSV."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    fig.savefig(folder / f"{name}.png", dpi=dpi, metadata={"Software": None})
-    if table is not None: table.to_csv(folder / f"{name}.csv", index=False, float_format="%.4f")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    fig.savefig(f"{folder}/{name}.png", dpi=dpi, metadata={"Software": None})
+    if table is not None: table.to_csv(f"{folder}/{name}.csv", index=False, float_format="%.4f")
 
 # %% ../../nbs/72_figures.ipynb #c36b4b1a
 def _draw_tile(ax, image, colour, weight, brightest):
@@ -66,7 +65,7 @@ def draw_grid(
     for ax, title in zip(axes[0], ["query", *range(1, top + 1)]): ax.set_title(title, fontsize=9, pad=3)
     return fig
 
-# %% ../../nbs/72_figures.ipynb #f418e840
+# %% ../../nbs/72_figures.ipynb #e16b97c8
 def draw_curves(
     record,  # of a run
 ):           # matplotlib figure
@@ -75,8 +74,7 @@ def draw_curves(
     fig, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.4))
     terms = [k for k in curve if k not in ("step", "lr", "loss", "accuracy", "grad_norm", "epoch")]
     for name in terms: left.plot(curve["step"], curve[name], label=name)
-    left.set(xlabel="step", ylabel="loss term")
-    left.legend()
+    left.set(xlabel="step", ylabel="loss term"); left.legend()
     right.plot(curve["step"], 100 * np.array(curve["accuracy"]), color=COLOURS[2])
     right.set(xlabel="step", ylabel="training accuracy (%)", ylim=(0, 101))
     fig.tight_layout()

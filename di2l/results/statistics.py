@@ -83,7 +83,7 @@ def paired(
     missing = f"{name} and {other} have no record with the same seeds"
     raise UserError(f"{missing}; `di2l_experiments make --only {name},{other}` makes them")
 
-# %% ../../nbs/71_statistics.ipynb #1a201a21
+# %% ../../nbs/71_statistics.ipynb #a24b41d3
 def difference_table(
     frame,                      # from `results_frame`, or with other columns beside its first three
     pairs,                      # {what it is: (name, other)}, as in `paired_differences`
@@ -99,11 +99,10 @@ def difference_table(
             per_data = found.groupby("data_seed").mean()
             values = {"pair": found, "data seed": per_data}[by]
             if len(values) < 2: continue
-            mean, low, high = interval(values)
-            seen = "no" if low <= 0 <= high else "yes"
-            rows.append([what, metric, mean, low, high, len(found), len(per_data), seen])
-    columns = ["difference", "metric", "mean", "low", "high", "pairs", "data seeds", "seen"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append([what, metric, *interval(values), len(found), len(per_data)])
+    columns = ["difference", "metric", "mean", "low", "high", "pairs", "data seeds"]
+    table = pd.DataFrame(rows, columns=columns)
+    return table.assign(seen=np.where((table.low > 0) | (table.high < 0), "yes", "no"))
 
 def interval_text(
     found,  # mean and bounds
