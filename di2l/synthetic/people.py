@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNER', 'LOWER', 'SHOES', 'BAG', 'SLOTS', 'LUMINANCE', 'GARMENTS', 'PLAIN',
            'BANDS', 'PINSTRIPES', 'CHECKS', 'DOTS', 'BLOCK', 'DIAGONAL', 'LOGO', 'SIDES', 'PATTERNS', 'HAIR_COLOURS',
-           'WARMTH', 'UPPER_WARMTH', 'stream', 'draw_colour', 'tone', 'near_infrared', 'Person', 'draw_person', 'Part',
-           'body']
+           'WARMTH', 'UPPER_WARMTH', 'stream', 'draw_colour', 'Person', 'draw_person', 'Part', 'body']
 
 # %% ../../nbs/60_people.ipynb #1563fa19
 import math
@@ -23,7 +22,7 @@ def stream(
     "Random numbers that do not depend on what was drawn before or in which process."
     return np.random.Generator(np.random.PCG64([k & 0xFFFFFFFF for k in keys]))
 
-# %% ../../nbs/60_people.ipynb #72c70553
+# %% ../../nbs/60_people.ipynb #348f0dee
 SKIN, HAIR, HAT, UPPER, SLEEVE, INNER, LOWER, SHOES, BAG = range(9)          # slots for materials
 SLOTS = 9
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])                               # Rec. 709
@@ -38,20 +37,14 @@ def draw_colour(
     ramp = np.array([abs(hue - 3) - 1, 2 - abs(hue - 2), 2 - abs(hue - 4)]).clip(0, 1)
     return max(value, 0.08) * (1 - sat * (1 - ramp))
 
-def tone(
-    rgb,  # linear RGB reflectance (3,)
-):        # 0 … 1, roughly as dark or bright as it looks
-    "Square root of luminance."
+def _tone(rgb):
+    "Square root of luminance, 0 … 1: roughly as dark or bright as a reflectance (3,) looks."
     return math.sqrt(float((rgb * LUMINANCE).sum()))
 
-# %% ../../nbs/60_people.ipynb #d04d527c
-def near_infrared(
-    rgb,          # linear RGB reflectance (3,)
-    correlation,  # wanted between near-infrared reflectance and visible luminance
-    rng,          # source of the part that luminance does not explain
-):                # reflectance in near infrared
+# %% ../../nbs/60_people.ipynb #39d275c7
+def _near_infrared(rgb, correlation, rng):
     "Near-infrared reflectance of a dyed cloth: as its luminance to some degree, the rest its own."
-    seen = (tone(rgb) - 0.50) / 0.22
+    seen = (_tone(rgb) - 0.50) / 0.22
     score = correlation * seen + math.sqrt(1 - correlation * correlation) * rng.standard_normal()
     return min(max(0.60 + 0.20 * score, 0.15), 0.97) ** 2
 
@@ -66,15 +59,14 @@ class Person:
     heat: np.ndarray       # (2, SLOTS) surface temperature, °C
     pattern: np.ndarray    # (SLOTS, 4) kind, period in metres, duty, phase
 
-# %% ../../nbs/60_people.ipynb #73c39ec0
+# %% ../../nbs/60_people.ipynb #b647b55d
 def _draw_size(rng):
     "Height, build and proportions."
     H, build, leg = rng.uniform(1.50, 1.95), rng.uniform(0.82, 1.28), rng.uniform(0.95, 1.05)
     shape = rng.uniform(0.9, 1.1, 3)
     return SimpleNamespace(
-        height=H, build=build, thigh=0.245 * H * leg, shank=0.235 * H * leg, foot=0.04 * H,
-        torso=0.305 * H * (2 - leg), head=0.068 * H * rng.uniform(0.93, 1.07),
-        arm=0.165 * H, forearm=0.15 * H,
+        height=H, build=build, thigh=0.245 * H * leg, shank=0.235 * H * leg, foot=0.04 * H, arm=0.165 * H,
+        forearm=0.15 * H, torso=0.305 * H * (2 - leg), head=0.068 * H * rng.uniform(0.93, 1.07),
         shoulder=0.108 * H * build ** 0.5 * shape[0], chest=0.093 * H * build * shape[0],
         waist=0.078 * H * build ** 1.3 * shape[1], hip=0.091 * H * build * shape[2],
         limb=0.031 * H * build, stride=rng.uniform(0.8, 1.2))
@@ -100,11 +92,10 @@ def _draw_wear(rng):
     if wear.upper == "coat" and "skirt" in wear.lower: wear.lower = "trousers"
     return wear
 
-# %% ../../nbs/60_people.ipynb #cf4c2ebc
+# %% ../../nbs/60_people.ipynb #a422ed0d
 PLAIN, BANDS, PINSTRIPES, CHECKS, DOTS, BLOCK, DIAGONAL, LOGO, SIDES = range(9)  # patterns
-PATTERNS = {UPPER: {PLAIN: .12, BANDS: .18, PINSTRIPES: .12, CHECKS: .12, DOTS: .1, BLOCK: .18,
-                    DIAGONAL: .08, LOGO: .1},
-            LOWER: {PLAIN: .5, SIDES: .14, CHECKS: .1, PINSTRIPES: .08, BANDS: .08, BLOCK: .1}}
+PATTERNS = {LOWER: {PLAIN: .5, SIDES: .14, CHECKS: .1, PINSTRIPES: .08, BANDS: .08, BLOCK: .1}, UPPER: {
+    PLAIN: .12, BANDS: .18, PINSTRIPES: .12, CHECKS: .12, DOTS: .1, BLOCK: .18, DIAGONAL: .08, LOGO: .1}}
 
 def _draw_pattern(rng, slot):
     "How two colours share a garment: kind, period in metres, duty, phase."
@@ -132,7 +123,7 @@ def _draw_heat(rng, wear, rgb, correlation):
     sun[:, [SKIN, HAIR]] = 0
     return heat + sun
 
-# %% ../../nbs/60_people.ipynb #e3174ac3
+# %% ../../nbs/60_people.ipynb #5aad5ff3
 @lru_cache(512)
 def draw_person(
     seed,         # of the data
@@ -142,16 +133,15 @@ def draw_person(
     "The identity `pid` of benchmark `seed`."
     rng, apart = stream(seed, 1, pid), stream(seed, 2, pid)
     size, wear = _draw_size(rng), _draw_wear(rng)
-    pairs = [_contrasting(lambda i: draw_colour(rng), tone, 0.25) for _ in range(SLOTS)]
-    nir = np.array([_contrasting(lambda i: near_infrared(pair[i], correlation, apart), math.sqrt, 0.15)
+    pairs = [_contrasting(lambda i: draw_colour(rng), _tone, 0.25) for _ in range(SLOTS)]
+    nir = np.array([_contrasting(lambda i: _near_infrared(pair[i], correlation, apart), math.sqrt, 0.15)
                     for pair in pairs]).T
     rgb = np.array(pairs).swapaxes(0, 1)
     brown, dark = rng.random(), rng.random()
     rgb[:, SKIN] = np.array([0.60, 0.40, 0.30]) * (1 - brown) + np.array([0.14, 0.08, 0.055]) * brown
     rgb[:, HAIR] = HAIR_COLOURS[rng.choice(5, p=[.42, .3, .14, .09, .05])]
     nir[:, SKIN], nir[:, HAIR] = 0.62 - 0.12 * brown, 0.15 + 0.35 * dark
-    pattern = np.zeros((SLOTS, 4))
-    pattern[:, 1] = 1
+    pattern = np.tile([PLAIN, 1.0, 0, 0], (SLOTS, 1))
     pattern[UPPER], pattern[LOWER] = _draw_pattern(rng, UPPER), _draw_pattern(rng, LOWER)
     if not wear.contrast:                                                    # sleeves as the rest
         pattern[SLEEVE], rgb[:, SLEEVE], nir[:, SLEEVE] = pattern[UPPER], rgb[:, UPPER], nir[:, UPPER]
@@ -179,61 +169,60 @@ class Part:
         places, widths = list(self.width), list(self.width.values())
         self.width = np.interp(np.linspace(0, 1, 65), places, widths).astype(np.float32)
 
-# %% ../../nbs/60_people.ipynb #46a593b4
+# %% ../../nbs/60_people.ipynb #3f298a17
+def _swing(joint, aside, length, angle):
+    "The far end of a limb that hangs from a joint, `angle` radians forward."
+    x, y, z = joint
+    return x + aside, y - length * math.cos(angle), z + length * math.sin(angle)
+
 def _pose_legs(size, phase, stride):
     "Height of the hip; each side's hip, knee, ankle and toe. `stride`: swing of the thigh, radians."
     legs = []
     for side, swing in ((1, math.sin(phase)), (-1, -math.sin(phase))):
-        lift = max(0.0, math.cos(phase) * side)
-        thigh, tip = stride * swing, 0.35 * lift
-        shank = thigh - (0.06 + 1.4 * stride * lift)                         # the knee bends
-        x = 0.5 * size.hip * side
-        knee = (x, -size.thigh * math.cos(thigh), size.thigh * math.sin(thigh))
-        ankle = (x, knee[1] - size.shank * math.cos(shank), knee[2] + size.shank * math.sin(shank))
-        toe = (x * 1.25, ankle[1] - size.foot * (0.6 + 1.5 * tip), ankle[2] + 0.095 * size.height)
-        legs.append([(x, 0.0, 0.0), knee, ankle, toe])
+        lift, hip = max(0.0, math.cos(phase) * side), (0.5 * size.hip * side, 0.0, 0.0)
+        thigh, bend, tip = stride * swing, 0.06 + 1.4 * stride * lift, 0.35 * lift
+        knee = _swing(hip, 0, size.thigh, thigh)
+        x, y, z = ankle = _swing(knee, 0, size.shank, thigh - bend)
+        toe = (x * 1.25, y - size.foot * (0.6 + 1.5 * tip), z + 0.095 * size.height)
+        legs.append([hip, knee, ankle, toe])
     hip = size.foot - min(leg[2][1] for leg in legs)
     return hip, [[(x, y + hip, z) for x, y, z in leg] for leg in legs]
 
-# %% ../../nbs/60_people.ipynb #0b428e67
+# %% ../../nbs/60_people.ipynb #219c74e6
 def _legs(person, legs):
     "Thighs, shanks and shoes along the joints from `_pose_legs`."
     size, wear, parts = person.size, person.wear, []
     w, H, name = size.limb, size.height, wear.lower
     loose = dict(slim=1.0, wide=1.45, trousers=1.18, shorts=1.35).get(name, 0.95)
-    skirt, bare = "skirt" in name, "skirt" in name or name == "shorts"
+    skirt, bare, hem = "skirt" in name, "skirt" in name or name == "shorts", .78 if name == "shorts" else 2
     upper = {0: 1.75 * w * min(loose, 1.15), .6: 1.35 * w * loose, 1: 1.1 * w if bare else 1.2 * w * loose}
     lower = {0: 1.2 * w * loose, 1: (.95 if name == "wide" else .8) * w * loose + .008}
     if bare: lower = {0: 1.1 * w, .3: 1.2 * w, 1: .68 * w}
     for hip, knee, ankle, toe in legs:
         heel = (ankle[0], ankle[1] - .3 * size.foot, ankle[2] - .02)
-        parts += [Part(hip, knee, upper, SKIN if skirt else LOWER,
-                       cut=.78 if bare else 2, below=SKIN, around=.09),
+        parts += [Part(hip, knee, upper, SKIN if skirt else LOWER, cut=hem, below=SKIN, around=.09),
                   Part(knee, ankle, lower, SKIN if bare else LOWER, cut=.62 if wear.boots else 2, below=SHOES,
-                       start=size.thigh, around=.09, caps=(1, 0.3)),
+                       start=size.thigh, around=.09, caps=(1, .3)),
                   Part(heel, toe, {0: .024 * H, .7: .026 * H, 1: .02 * H}, SHOES, flat=.9)]
     return parts
 
-# %% ../../nbs/60_people.ipynb #d6541ca1
+# %% ../../nbs/60_people.ipynb #ff09f349
 def _arms(person, top, phase, stride):
     "Upper arms, forearms and fists, swinging against the legs; and the wrist of each side."
     size, wear, parts, wrists = person.size, person.wear, [], {}
     w, bare, short = .82 * size.limb, wear.upper == "vest", wear.upper in ("tee", "vest")
     loose = dict(vest=1, jacket=1.25, coat=1.3, hoodie=1.3).get(wear.upper, 1.1)
-    cuff, reach = 1 if short else loose, math.sin(.10 + .06 * size.build)
+    cuff, cut, reach = 1 if short else loose, .62 if short else 2, math.sin(.10 + .06 * size.build)
     upper, fore = {0: 1.15 * w * loose, .3: 1.2 * w * loose, 1: w * loose}, {0: w * cuff, 1: .8 * w * cuff}
     for side in (1, -1):
         still = wear.bag == "tote" and side == wear.side
         swing = 0.05 if still else -0.8 * stride * math.sin(phase) * side
         bend = swing + (0.1 if still else 0.25 + 0.5 * max(0.0, swing))
         shoulder = (side * (size.shoulder - .25 * w), top - .035, 0)
-        elbow = (shoulder[0] + side * size.arm * reach, shoulder[1] - size.arm * math.cos(swing),
-                 size.arm * math.sin(swing))
-        wrist = (elbow[0] + side * .01, elbow[1] - size.forearm * math.cos(bend),
-                 elbow[2] + size.forearm * math.sin(bend))
-        wrists[side], fist = wrist, tuple(p + .45 * (p - q) * .6 for p, q in zip(wrist, elbow))
-        parts += [Part(shoulder, elbow, upper, SKIN if bare else SLEEVE,
-                       cut=.62 if wear.upper == "tee" else 2, below=SKIN, around=.07),
+        elbow = _swing(shoulder, side * size.arm * reach, size.arm, swing)
+        wrists[side] = wrist = _swing(elbow, side * .01, size.forearm, bend)
+        fist = tuple(p + .45 * (p - q) * .6 for p, q in zip(wrist, elbow))
+        parts += [Part(shoulder, elbow, upper, SKIN if bare else SLEEVE, cut=cut, below=SKIN, around=.07),
                   Part(elbow, wrist, fore, SKIN if short else SLEEVE, start=size.arm, around=.07),
                   Part(wrist, fist, {0: .8 * w, 1: .75 * w}, SKIN)]
     return parts, wrists
