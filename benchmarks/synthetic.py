@@ -13,14 +13,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from di2l.synthetic import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, encode, fingerprint, image_path, render, write_benchmark
+from di2l.synthetic.benchmark import _encode, image_path, read_benchmark, write_benchmark
+from di2l.synthetic.sensors import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, render
 
 
 def rate(settings, cameras, people, first=1):
     "Images a second of one core's time: drawn and encoded."
     began = time.process_time()
     for pid in range(first, first + people):
-        for cam in cameras: encode(render(settings, 0, pid, cam, 1), image_path(settings, pid, cam, 1), settings.quality)
+        for cam in cameras:
+            _encode(render(settings, 0, pid, cam, 1), image_path(settings, pid, cam, 1), settings.quality)
     return people * len(cameras) / (time.process_time() - began)
 
 
@@ -52,7 +54,7 @@ def whole(preset):
         root = write_benchmark(Path(tmp) / "b", preset=preset)
         cpu, wall = used() - cpu, time.perf_counter() - wall
         size = sum(p.stat().st_size for p in root.rglob("*") if p.is_file())
-        images = fingerprint(root)["images"]
+        images = read_benchmark(root)["images"]
     peak = max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / (1024 if sys.platform != "darwin" else 1024 ** 2)
     print(f"{preset}: {images} images in {wall:.0f} s by the clock, {cpu:.0f} s of processor time; load {os.getloadavg()[0]:.1f}", file=sys.stderr)
     return dict(images=images, megabytes=round(size / 1e6, 1), processor_seconds=round(cpu, 1), images_a_core_second=round(images / cpu), largest_process_megabytes=round(peak))

@@ -77,7 +77,7 @@ def cameras_of(
         seen = [cam for cam, draw in zip(SYSU_CAMERAS, rng.random(6)) if draw >= s.missing]
         if sum(c.infrared for c in seen) >= 1 and sum(not c.infrared for c in seen) >= 2: return seen
 
-# %% ../../nbs/62_benchmark.ipynb #a600963d
+# %% ../../nbs/62_benchmark.ipynb #9384f3ac
 def image_path(
     s,       # `Settings`
     pid,     # identity
@@ -97,7 +97,7 @@ def _lists(s, seed):
     for trial in range(1, 11):
         order = 1 + stream(seed, 8, trial).permutation(2 * n)
         for half, pids in dict(train=sorted(order[:n]), test=sorted(order[n:])).items():
-            for cam, kind in zip(REGDB_CAMERAS, ("visible", "thermal")):     # a line: image, label in the half
+            for cam, kind in zip(REGDB_CAMERAS, ("visible", "thermal")):     # a line: image, label in half
                 texts[f"idx/{half}_{kind}_{trial}.txt"] = "".join(
                     f"{image_path(s, pid, cam, frame)} {label}\n"
                     for label, pid in enumerate(pids) for frame in range(1, s.images + 1))

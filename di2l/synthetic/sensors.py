@@ -365,7 +365,7 @@ def _stage(s, seed, pid, camera, rng):
     for _, where, _ in cast: _shadow(backdrop, where)
     return Scene(surface, [person for person, _, _ in cast], backdrop, distance, front, thing)
 
-# %% ../../nbs/61_sensors.ipynb #084b0f67
+# %% ../../nbs/61_sensors.ipynb #17835199
 CHANNELS = dict(rgb=np.s_[:3], nir=np.s_[3:4], heat=np.s_[5:6])              # of a backdrop
 
 def _soften(image, amount):
@@ -379,7 +379,8 @@ def _soften(image, amount):
 def _develop(scene, name, silhouette, body_light, back_light, front_light):
     "Light at the sensor (H/2, W/2, C): what everything reflects or emits (`name`) times the light on it."
     skin, image = scene.surface, scene.backdrop[..., CHANNELS[name]] * back_light
-    table = np.concatenate([getattr(p, name).reshape(2, SLOTS, -1) for p in scene.people], 1, dtype=np.float32)
+    tables = [getattr(person, name).reshape(2, SLOTS, -1) for person in scene.people]
+    table = np.concatenate(tables, 1, dtype=np.float32)
     if silhouette: table[:] = 28 if name == "heat" else .25
     image.reshape(-1, image.shape[-1])[skin.pixels] = table[skin.mix.astype(int), skin.slot] * body_light
     if scene.front.any():
@@ -412,7 +413,7 @@ def _see_visible(scene, s, fixed, outdoor, rng):
     blur, noise = fixed.blur + .06 * scene.distance * rng.random() * n, .012 * fixed.noise * (.5 + n)
     return _digitise(image, blur, noise, rng)
 
-# %% ../../nbs/61_sensors.ipynb #e0e2095e
+# %% ../../nbs/61_sensors.ipynb #134c11b6
 def _coarse(image, resolution):
     "The image as a sensor with fewer pixels delivers it, `resolution` in each direction, enlarged again."
     if resolution >= 1: return image
@@ -430,8 +431,8 @@ def _see_infrared(scene, s, fixed, rng):
     if s.silhouette: shade = np.ones_like(shade)
     fall = scene.distance / (scene.distance + np.maximum(scene.backdrop[..., 4:5], 0))
     level = fixed.gain ** .5 * (4.5 / scene.distance) ** .25 * 2 ** (.35 * n * rng.uniform(-1, 1))
-    near, far = (shade * level).astype(np.float32)[:, None], (fall * fall * fall * .6 * level).astype(np.float32)
-    image = _develop(scene, "nir", s.silhouette, near, far, level)
+    lit, far = (shade * level)[:, None], fall * fall * fall * .6 * level
+    image = _develop(scene, "nir", s.silhouette, lit.astype(np.float32), far.astype(np.float32), level)
     blur, noise = fixed.blur + .07 * scene.distance * rng.random() * n, .022 * s.ir_noise * fixed.noise
     return _digitise(_coarse(image, s.ir_resolution), blur, noise, rng)
 
