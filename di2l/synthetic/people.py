@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNER', 'LOWER', 'SHOES', 'BAG', 'SLOTS', 'LUMINANCE', 'GARMENTS', 'PLAIN',
            'BANDS', 'PINSTRIPES', 'CHECKS', 'DOTS', 'BLOCK', 'DIAGONAL', 'LOGO', 'SIDES', 'PATTERNS', 'HAIR_COLOURS',
-           'WARMTH', 'UPPER_WARMTH', 'stream', 'draw_colour', 'Person', 'draw_person', 'Part', 'body']
+           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'stream', 'draw_colour', 'Person', 'draw_person', 'Part', 'body']
 
 # %% ../../nbs/60_people.ipynb #1563fa19
 import math
@@ -148,7 +148,9 @@ def draw_person(
         if pattern[UPPER, 0] in (LOGO, BLOCK): pattern[SLEEVE, 0] = PLAIN
     return Person(size, wear, rgb, nir, _draw_heat(rng, wear, rgb, correlation), pattern)
 
-# %% ../../nbs/60_people.ipynb #737c0ffa
+# %% ../../nbs/60_people.ipynb #1f04958a
+PLACES = np.linspace(0, 1, 65)  # along a part, where its width is kept
+
 @dataclass
 class Part:
     "A piece of body or cloth: ellipses swept from `a` to `b`."
@@ -166,8 +168,7 @@ class Part:
     name: str = ""        # "torso" and "head" carry details
 
     def __post_init__(self):
-        places, widths = list(self.width), list(self.width.values())
-        self.width = np.interp(np.linspace(0, 1, 65), places, widths).astype(np.float32)
+        self.width = np.interp(PLACES, [*self.width], [*self.width.values()]).astype(np.float32)
 
 # %% ../../nbs/60_people.ipynb #3f298a17
 def _swing(joint, aside, length, angle):
