@@ -228,11 +228,10 @@ def _ground(pano):
     P[floor:][(_wave(x / tile + .2 * y) < .06) | (_wave(y / tile * 2.2) < .1), :4] *= .6
     P[floor:, :, 4] = np.maximum(2.0 - 2.2 * y, -.3)
 
-# %% ../../nbs/61_sensors.ipynb #8eac6e5a
+# %% ../../nbs/61_sensors.ipynb #e41b1cd8
 def _leaves(pano):
     "Shrubs: dark green, yet bright in near infrared, as leaves are."
-    rng, P = pano.rng, pano.pixels
-    H, W = P.shape[:2]
+    rng, P, (H, W, _) = pano.rng, pano.pixels, pano.pixels.shape
     noise = rng.random((H // 3 + 1, W // 3 + 1)).repeat(3, 0).repeat(3, 1)[:H, :W]
     yy, xx = np.arange(H)[:, None] / pano.unit, np.arange(W) / pano.unit
     for _ in range(5):
@@ -251,11 +250,10 @@ def _clutter(pano):
         _box(pano, foot - h, foot, at, at + w, rgb, .9, heat=rng.uniform(15, 26))
         _box(pano, foot - h, foot - h + .05, at, at + w, np.minimum(rgb * 1.5, 1), .9, nir=.6, heat=18)
 
-# %% ../../nbs/61_sensors.ipynb #d15e1e52
+# %% ../../nbs/61_sensors.ipynb #ba4ab1a6
 @lru_cache(16)
 def _place(seed, number, outdoor, unit):
-    """A panorama (H, W, 6), `unit` pixels a metre, drawn once: linear RGB, near-infrared reflectance, metres
-    behind the person, °C."""
+    "What a `Scene` has for a backdrop, eight metres wide, `unit` pixels a metre; drawn once."
     H, W = int(3.2 * unit), int(8 * unit)
     pano = SimpleNamespace(unit=unit, rng=stream(seed, 3, number), pixels=np.zeros((H, W, 6), np.float32))
     for draw in (_wall, _ground, *([_leaves] if outdoor else []), _clutter): draw(pano)
@@ -344,12 +342,12 @@ def _backdrop(s, seed, camera, scale, rng):
     cols = (left + np.arange(W) * zoom).astype(np.intp).clip(0, pano.shape[1] - 1)
     return pano.take(rows, 0).take(cols, 1)
 
-# %% ../../nbs/61_sensors.ipynb #e34a8d9b
+# %% ../../nbs/61_sensors.ipynb #c9810251
 def _stage(s, seed, pid, camera, rng):
     "Put the person, perhaps a passer-by and an object, before the camera: a `Scene`."
     H, W, n = s.height * SUPER, s.width * SUPER, s.nuisance
     person = draw_person(seed, pid, s.correlation)
-    tall = .5 * person.size.height + .5 * 1.72 # detectors cut out what they find: half of the height is lost
+    tall = .5 * person.size.height + .5 * 1.72  # detectors cut out what they find: half the height is lost
     scale = H / (tall * (1.13 + .10 * n * rng.random()))
     view = View(math.radians(s.heading) * rng.uniform(-1, 1), _optics(seed, camera.number, n).pitch, scale,
                 W * (.5 + .05 * n * rng.uniform(-1, 1)), H * (.955 + .025 * n * rng.uniform(-1, 1)))
