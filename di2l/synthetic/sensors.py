@@ -122,7 +122,7 @@ def _rasterise(buf, k, part, view):
     for name, value in dict(z=z, t=t, s=s, part=k).items(): np.copyto(buf[name][box], value, where=hit)
     return uy, -ux
 
-# %% ../../nbs/61_sensors.ipynb #d8c2d920
+# %% ../../nbs/61_sensors.ipynb #b1e50a68
 def _arc(s):
     "Arc cosine by square root and polynomial (Abramowitz & Stegun 4.4.45), error under 7e-5."
     a = np.abs(s)
@@ -131,7 +131,7 @@ def _arc(s):
 
 def _around(parts, k, s, c):
     "Angle about the axis of part `k`, radians, 0 at the person's front; `s` across, `c` = √(1 − s²)."
-    x, y = np.array([_ellipse(part, view)[3:] for part, view, _ in parts], np.float32)[k].T
+    x, y = (edge[k] for edge in np.array([_ellipse(part, view)[3:] for part, view, _ in parts], np.float32).T)
     angle = _arc(np.minimum(np.maximum(s * x - c * y, -1), 1))
     angle = np.where(s * y + c * x < 0, -angle, angle) - np.float32(math.pi / 2)
     return np.where(angle < -math.pi, angle + np.float32(2 * math.pi), angle)
