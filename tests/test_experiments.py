@@ -1,18 +1,25 @@
-"Experiments: identities, records, the small run that is made again, the README's numbers, and the README's own command."
+"Experiments: identities, records, galleries, the small run that is made again, and runs side by side that are stopped."
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
+from PIL import Image
 
 from di2l import experiments as X
-from di2l import synthetic
-from di2l.datasets import UserError, read_sysu
+from di2l.console import UserError
+from di2l.data.records import hold_out, read_sysu
+from di2l.results.gallery import read_gallery
+from di2l.results.record import record_path
+from di2l.results.statistics import ALL_SEARCH, interval
+from di2l.synthetic.sensors import PRESETS, Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,17 +48,19 @@ def test_small_record_is_made_again(made):
 
 
 def test_a_record_is_read_and_not_made_again(made, monkeypatch):
-    monkeypatch.setattr(X, "trained", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(X, "train", lambda *a, **k: pytest.fail("trained again"))
     assert X.run("tiny", data=made[0] / "data", runs=made[0] / "runs", results=made[0] / "results") == json.loads(
-        X.record_path("tiny", 0, 0, made[0] / "results").read_text())
+        record_path("tiny", 0, 0, made[0] / "results").read_text())
 
 
 def test_record_holds_what_it_promises(made):
     r = made[1]
-    assert {"identity", "config", "seed", "data_seed", "data", "device", "precision", "versions", "seconds", "metrics", "curve", "intra_modality", "confidence"} <= r.keys()
-    assert r["metrics"][X.ALL_SEARCH]["trials"] and len(r["metrics"][X.ALL_SEARCH]["trials"]) == 10
+    assert {"identity", "config", "seed", "data_seed", "data", "device", "precision", "versions", "seconds",
+            "metrics", "curve", "intra_modality", "confidence"} <= r.keys()
+    assert r["metrics"][ALL_SEARCH]["trials"] and len(r["metrics"][ALL_SEARCH]["trials"]) == 10
     assert set(r["confidence"]) == {"visible", "infrared"} and len(r["curve"]["step"]) == r["config"]["steps"]
-    assert sum(r["attention"]["mean"]) == pytest.approx(1, abs=1e-4) and 0 <= r["attention"]["saturated"] <= 1 and r["attention"]["images"] > 100
+    looked = r["attention"]
+    assert sum(looked["mean"]) == pytest.approx(1, abs=1e-4) and 0 <= looked["saturated"] <= 1 and looked["images"] > 100
     text = json.dumps(r)
     assert str(made[0]) not in text and str(Path.home()) not in text, "a machine's path in a record"
 
@@ -64,47 +73,78 @@ def test_stale_records_are_not_read(made, monkeypatch):
     assert X.recorded("tiny", results=results) is None
 
 
+def test_a_damaged_record_is_named(made, tmp_path):
+    path = record_path("tiny", 0, 0, tmp_path)
+    path.parent.mkdir()
+    path.write_text(record_path("tiny", 0, 0, made[0] / "results").read_text()[:1000])
+    for ask in (lambda: X.recorded("tiny", results=tmp_path), lambda: X.plan("tiny", tmp_path)):
+        with pytest.raises(UserError, match=r"tiny-d0-s0\.json: is damaged .* delete it"):
+            ask()
+
+
 def test_a_gallery_is_missed_and_goes_stale_as_a_record_does(made, tmp_path, monkeypatch):
-    import shutil
-    monkeypatch.setattr(X, "GALLERIES", ("tiny",))
-    (tmp_path / "runs").mkdir(); shutil.copy(X.record_path("tiny", 0, 0, made[0] / "results"), tmp_path / "runs")
+    monkeypatch.setattr(X, "GALLERIES", (("tiny", 0, 0),))
+    (tmp_path / "runs").mkdir()
+    shutil.copy(record_path("tiny", 0, 0, made[0] / "results"), tmp_path / "runs")
     assert X.plan("tiny", tmp_path) == [("tiny", 0, 0)]
-    with pytest.raises(UserError, match="not there; `make results`"): X.read_gallery("tiny", tmp_path)
+    with pytest.raises(UserError, match="not there; `make results`"):
+        read_gallery("tiny", tmp_path)
     X.run("tiny", data=made[0] / "data", runs=made[0] / "runs", results=tmp_path)
-    assert X.plan("tiny", tmp_path) == [] and X.read_gallery("tiny", tmp_path)["tiles"].ndim == 4
-    path = tmp_path / "galleries" / "tiny.json"
-    path.write_text(json.dumps(dict(json.loads(path.read_text()), identity="another")))
+    gallery = read_gallery("tiny", tmp_path)
+    assert X.plan("tiny", tmp_path) == [] and gallery["tiles"].ndim == 4
+    for name in ("tiny", "tiny-pixel-attention"):
+        path = tmp_path / "galleries" / f"{name}.json"
+        before = path.read_text()
+        path.write_text(json.dumps(dict(json.loads(before), identity="another")))
+        assert X.plan("tiny", tmp_path) == [("tiny", 0, 0)]
+        with pytest.raises(UserError, match="stale; `make results`"):
+            read_gallery("tiny", tmp_path)
+        path.write_text(before)
+    path.unlink()
     assert X.plan("tiny", tmp_path) == [("tiny", 0, 0)]
-    with pytest.raises(UserError, match="stale; `make results`"): X.read_gallery("tiny", tmp_path)
+
+
+def test_pixel_attention_is_that_of_the_queries(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(X, "GALLERIES", (("tiny", 0, 0),))
+    X.run("tiny", data=made[0] / "data", runs=made[0] / "runs", results=tmp_path)
+    gallery, record = read_gallery("tiny", tmp_path), X.recorded("tiny", results=tmp_path)
+    found, queries = gallery["pixels"], gallery["directions"]["infrared→visible"]
+    assert found["tiles"] == [q["query"] for q in queries] and found["identity"] == record["identity"]
+    for name, (h, w) in found["sizes"].items():
+        maps = np.array(found["maps"][name])
+        assert maps.shape == (len(queries), h * w, h * w) and h == 2 * w
+        np.testing.assert_allclose(maps.sum(2), 1, atol=h * w * 5e-5)
+    assert list(found["maps"]) == ["non_local2", "non_local3"]
+    assert (tmp_path / "galleries" / "tiny-pixel-attention.json").stat().st_size < 400e3
 
 
 def test_a_notebook_makes_what_it_lacks_and_nothing_else(made, tmp_path, capsys):
-    import shutil
     shutil.copytree(made[0] / "data", tmp_path / "data")
     X.complete("tiny", folder=tmp_path)
-    first = X.record_path("tiny", 0, 0, tmp_path / "results").read_text()
+    first = record_path("tiny", 0, 0, tmp_path / "results").read_text()
     assert json.loads(first)["metrics"] == made[1]["metrics"]
     X.complete("tiny", folder=tmp_path)
-    assert X.record_path("tiny", 0, 0, tmp_path / "results").read_text() == first and capsys.readouterr() == ("", "")
+    assert record_path("tiny", 0, 0, tmp_path / "results").read_text() == first and capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("name", [f.name for f in fields(synthetic.Settings) if f.name not in ("layout",)])
+@pytest.mark.parametrize("name", [f.name for f in fields(Settings) if f.name not in ("layout",)])
 def test_every_knob_changes_the_identity(name):
     e = X.EXPERIMENTS["di2l"]
-    old = getattr(synthetic.PRESETS["default"], name)
+    old = getattr(PRESETS["default"], name)
     new = not old if isinstance(old, bool) else (old + 1 if isinstance(old, int) else old * 0.9 + 0.017)
     assert X.identity(replace(e, knobs={name: new}), 0, 0) != X.identity(e, 0, 0)
 
 
 def test_generator_version_changes_the_identity(monkeypatch):
     before = X.identity(X.EXPERIMENTS["di2l"], 0, 0)
-    monkeypatch.setattr(synthetic, "VERSION", "other")
+    monkeypatch.setattr(X, "VERSION", "other")
     assert X.identity(X.EXPERIMENTS["di2l"], 0, 0) != before
 
 
 def test_shuffling_permutes_images_within_each_camera(made):
-    root = X.benchmark(X.EXPERIMENTS["tiny"], 0, made[0] / "data")
-    before, after = read_sysu(root), read_sysu(X.shuffled(root))
+    e = X.EXPERIMENTS["tiny"]
+    shuffled = X.benchmark(replace(e, control="shuffled"), 0, made[0] / "data")
+    before, after = read_sysu(X.benchmark(e, 0, made[0] / "data")), read_sysu(shuffled)
     assert before.records.equals(after.records)
     content = lambda d: {p: (d.root / p).read_bytes() for p in d.records.path}
     a, b = content(before), content(after)
@@ -114,9 +154,18 @@ def test_shuffling_permutes_images_within_each_camera(made):
         assert sorted(a[p] for p in rows.path) == sorted(b[p] for p in rows.path)
 
 
-def test_held_out_runs_never_see_test_identities(made):
-    from di2l.datasets import hold_out
+def test_a_record_names_data_that_were_read(made, tmp_path):
+    "Other pixels under the same names: the hash in benchmark.json is not theirs."
+    shutil.copytree(made[0] / "data", tmp_path / "data")
+    image = next((tmp_path / "data" / "tiny-0").rglob("*.jpg"))
+    noise = np.random.default_rng(0).integers(0, 256, (96, 48, 3), np.uint8)
+    Image.fromarray(noise).save(image)
+    with pytest.raises(UserError, match="its files are not those that were written"):
+        X.run("tiny", data=tmp_path / "data", runs=tmp_path / "runs", results=tmp_path / "results")
+    assert not (tmp_path / "results").exists()
 
+
+def test_held_out_runs_never_see_test_identities(made):
     full = read_sysu(X.benchmark(X.EXPERIMENTS["tiny"], 0, made[0] / "data"))
     held = hold_out(full)
     assert not set(held.records.pid) & set(full.test.pid)
@@ -131,62 +180,110 @@ def test_unknown_experiment_suggests_a_name():
 
 def test_making_goes_on_after_a_failure_and_knows_its_names(monkeypatch, tmp_path):
     made = []
-    def run(name, **_):
+    def run(name, *_, **__):
         made.append(name)
-        if len(made) == 2: raise ValueError("no")
-    monkeypatch.setattr(X, "run", run); monkeypatch.setattr(X, "benchmark", lambda *_: None)
+        if len(made) == 2:
+            raise ValueError("no")
+    monkeypatch.setattr(X, "run", run)
+    monkeypatch.setattr(X, "benchmark", lambda *_: None)
     failed = X.make("dpa,tiny", results=tmp_path)
     assert len(made) == len(X.plan("dpa,tiny", tmp_path)) > 3 and failed == [(made[1], "ValueError: no")]
-    with pytest.raises(UserError, match="no experiment is called so"): X.make("typo", results=tmp_path)
-    with pytest.raises(UserError, match="workers = 0"): X.make(workers=0, results=tmp_path)
+    with pytest.raises(UserError, match="no experiment is called so"):
+        X.make("typo", results=tmp_path)
+    with pytest.raises(UserError, match="workers = 0"):
+        X.make(workers=0, results=tmp_path)
 
 
 def test_every_experiment_has_a_valid_configuration():
     for name, e in X.EXPERIMENTS.items():
-        assert X.configuration(e, 0).method in X.model.METHODS
-        replace(synthetic.PRESETS[e.benchmark], **e.knobs)
+        assert X.configuration(e, 0).method in X.METHODS
+        replace(PRESETS[e.benchmark], **e.knobs)
         assert name in X.PLAN, f"{name} is defined and never run"
 
 
 def test_interval_covers_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    covered = np.mean([(lambda m, l, h: l <= 1 <= h)(*X.interval(rng.normal(1, 2, 6))) for _ in range(2000)])
+    covered = np.mean([(lambda m, l, h: l <= 1 <= h)(*interval(rng.normal(1, 2, 6))) for _ in range(2000)])
     assert 0.93 < covered < 0.97
-
-
-def test_readme_numbers_are_those_on_record():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- reproduce -->" in text and "<!-- table2 -->" in text
-    assert X.fill_readme(text, ROOT / "results") == text, "README and records disagree: di2l_experiments readme"
 
 
 def test_records_in_the_repository_are_fresh():
     "A record that no experiment can read any more is clutter."
     for path in sorted((ROOT / "results" / "runs").glob("*.json")):
         r = json.loads(path.read_text(encoding="utf-8"))
-        assert path == X.record_path(r["name"], r["data_seed"], r["seed"], ROOT / "results")
+        assert path == record_path(r["name"], r["data_seed"], r["seed"], ROOT / "results")
         assert X.recorded(r["name"], r["data_seed"], r["seed"], ROOT / "results"), f"{path.name} is stale"
 
 
-def test_reproduce_end_to_end(made, tmp_path, monkeypatch, capsys):
-    "The README's command on the small benchmark: figures drawn, a table printed; the second call trains nothing."
-    monkeypatch.setitem(X.EXPERIMENTS, "di2l", replace(X.EXPERIMENTS["tiny"], name="di2l"))
-    args = dict(data=made[0] / "data", runs=tmp_path / "runs", results=ROOT / "results", figures=tmp_path / "figures")
-    first = X.reproduce(**args)
-    printed = capsys.readouterr().out
-    assert all(p in printed for p in first["metrics"]) and "rank1" in printed
-    drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.png")}
-    assert {"curves.png", "cmc.png", "retrieval_infrared_to_visible.png"} <= drawn.keys()
-    monkeypatch.setattr(X.training, "train", lambda *a, **k: pytest.fail("trained again"))
-    assert X.reproduce(**args) == first
-    assert {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.png")} == drawn
+LONG = """
+import sys
+from pathlib import Path
+from di2l import experiments as X
+
+for name in ("first", "second", "third"):
+    X.define(name, benchmark="tiny", settings=dict(steps=int(sys.argv[2]), device="cpu", precision="fp32", save_every=1))
+X.PLAN = {name: [(0, 0)] for name in ("first", "second", "third")}
+if __name__ == "__main__":
+    base = Path(sys.argv[1])
+    print(X.make(workers=2, data=base / "data", runs=base / "runs", results=base / "results"))
+"""
 
 
-def test_commands(made, tmp_path):
-    def di2l(*args): return subprocess.run([Path(sys.executable).parent / "di2l_experiments", *args], capture_output=True, text=True, cwd=tmp_path)
+def processes(text):
+    "Numbers of the processes whose environment or arguments hold a text, zombies left out."
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if text.encode() in (folder / "environ").read_bytes() + (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            pass
+    return sorted(set(found) - {os.getpid()})
 
-    good = di2l("status", "--only", "tiny", "--results", str(made[0] / "results"), "--json", "status.json")
-    assert good.returncode == 0 and "tiny" in good.stdout, good.stderr
-    assert {r["experiment"]: r["recorded"] for r in json.loads((tmp_path / "status.json").read_text())}["tiny"] == 1
-    bad = di2l("mkae")
-    assert bad.returncode == 1 and "expected make, status or readme" in bad.stderr and "Traceback" not in bad.stderr
+
+def wait_until(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"still not so after {seconds} s"
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("how", ["ctrl-c", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_what_ends_make_ends_its_runs(made, tmp_path, how):
+    "Each saves itself; nothing trains on; the next make goes on from there and finishes."
+    shutil.copytree(made[0] / "data", tmp_path / "data")
+    (tmp_path / "make.py").write_text(LONG)
+    mark = f"DI2L_TEST={tmp_path}"
+
+    def make(steps):
+        return subprocess.Popen([sys.executable, "make.py", str(tmp_path), str(steps)], cwd=tmp_path, start_new_session=True,
+                                env={**os.environ, "DI2L_TEST": str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def lines(name):
+        logs = list((tmp_path / "runs").glob(f"{name}-*/log.csv"))
+        return len(logs[0].read_text().splitlines()) if logs else 0
+
+    started = make(steps=40)
+    try:
+        wait_until(lambda: min(lines("first"), lines("second")) > 3, 120)
+        assert len(processes(mark)) == 3
+        if how == "ctrl-c":                                      # a terminal signals every process of its group
+            os.killpg(started.pid, signal.SIGINT)
+        else:
+            started.send_signal(getattr(signal, how))
+        started.communicate(timeout=20)
+        wait_until(lambda: not processes(mark), 20)
+    finally:
+        for number in processes(mark):
+            os.kill(number, signal.SIGKILL)
+    assert started.returncode != 0 and lines("third") == 0
+    stopped = {name: lines(name) for name in ("first", "second")}
+    assert max(stopped.values()) < 41, "finished before it was stopped; give it more steps"
+    again = make(steps=40)
+    said, errors = again.communicate(timeout=240)
+    assert again.returncode == 0 and said.decode().strip() == "[]", errors.decode()
+    for name in ("first", "second", "third"):
+        record = json.loads(record_path(name, 0, 0, tmp_path / "results").read_text())
+        assert len(record["curve"]["step"]) == 40
+    assert not list((tmp_path / "runs").iterdir())
