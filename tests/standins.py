@@ -9,6 +9,7 @@ full size, and is worthless as data. Its counts come from
 - LLCM: the totals that its publication prints, spread evenly over identities and cameras, since it prints no more."""
 import io
 import json
+import warnings
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from di2l.console import UserError, one_of, progress
 from di2l.data.files import read_ids
-from di2l.data.records import FOLDERS, MODALITIES, SYSU_CAMERAS
+from di2l.data.records import FOLDERS, MODALITIES, SYSU_CAMERAS, read_dataset
 
 SYSU_TOTALS = {  # split: (identities, {camera: (images, identities seen)}), counted in the official permutations
     "test": (96, {1: (1374, 56), 2: (1565, 56), 3: (1883, 93), 4: (1918, 94), 5: (1918, 95), 6: (1920, 96)}),
@@ -26,6 +27,8 @@ SYSU_TOTALS = {  # split: (identities, {camera: (images, identities seen)}), cou
     None: (22, {1: (194, 9), 2: (210, 8), 3: (20, 1), 4: (301, 17), 5: (333, 17), 6: (60, 3)})}  # in no split
 ALONE = ["45"] * 10 + ["145"] + ["1245"] * 6 + ["12"] * 2 + ["36"] + ["6"] * 2  # cameras of those 22
 LLCM_TOTALS = {"train": (713, 16946, 13975), "test": (351, 8680, 7166)}  # identities, visible, infrared images
+BASES = {"sysu": dict(every=48, size=(32, 16)), "regdb": dict(every=40, size=(32, 16)),
+         "llcm": dict(every=150, size=(32, 16))}  # small ones, for tests
 VARIANTS = 4  # different images of an identity in a modality; the frames after them repeat their pixels
 
 
@@ -153,3 +156,22 @@ def write_standin(name, out, permutations=None, size=(96, 40), every=1):
     about = dict(standin_for=name, counts=counts, every=every, images=len(files))
     (out / "standin.json").write_text(json.dumps(about, indent=1) + "\n")
     return out
+
+
+def read(name, root):
+    "A dataset, without warnings of what a stand-in lacks."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return read_dataset(name, root)
+
+
+def first(root, name="sysu"):
+    "The first image."
+    return root / read(name, root).records.path.iloc[0]
+
+
+def cut(root):
+    "Truncate the first image."
+    f = first(root)
+    f.write_bytes(f.read_bytes()[:-60])
+    return f

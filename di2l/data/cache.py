@@ -18,7 +18,7 @@ from ..console import UserError, progress
 from .files import regular_bytes
 from ..files import locked, sha256, write_whole
 
-# %% ../../nbs/54_image_cache.ipynb #f564d58d
+# %% ../../nbs/54_image_cache.ipynb #6188ff08
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
 MAX_PIXELS, MIN_SIDE = 25_000_000, 8  # a crop of a person is neither larger nor smaller
 AGAIN = "copy it again from the dataset's archive"
@@ -38,8 +38,8 @@ def open_image(
     "An image whose header makes sense."
     try: image = Image.open(stream, formats=FORMATS)
     except Image.DecompressionBombError:
-        most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
-        raise UserError(f"{file}: has over {most} pixels, far more than a crop of a person; {AGAIN}") from None
+        most = f"{2 * Image.MAX_IMAGE_PIXELS:,} pixels"
+        raise UserError(f"{file}: has over {most}, far more than a crop of a person; {AGAIN}") from None
     except Exception as e:
         raise UserError(f"{file}: is no readable image ({type(e).__name__}); {AGAIN}") from None
     w, h = image.size
@@ -76,7 +76,7 @@ def read_image(
     "One image file as RGB."
     return decode(read_bytes(file), size, file)
 
-# %% ../../nbs/54_image_cache.ipynb #c9506204
+# %% ../../nbs/54_image_cache.ipynb #d35dd785
 def in_parallel(
     work,          # function of a number
     n,             # it is called for 0…n−1, in any order
@@ -85,13 +85,14 @@ def in_parallel(
 ):                 # messages of the `UserError`s, sorted
     "Call a function for each number; `UserError`s are collected, anything else stops all."
     if workers is not None and workers < 1: raise UserError(f"workers = {workers}: expected 1 or more")
-    bad, chunk = [], 32                                                      # numbers that a thread takes at once
+    bad, chunk = [], 32  # numbers that a thread takes at once
     def some(start):
         for i in range(start, min(start + chunk, n)):
             try: work(i)
             except UserError as e: bad.append(str(e))
             bar.update(1)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool, progress(total=n, desc=desc, unit="image") as bar:
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    with pool, progress(total=n, desc=desc, unit="image") as bar:
         try:
             for task in [pool.submit(some, start) for start in range(0, n, chunk)]: task.result()
         except BaseException:
@@ -99,11 +100,12 @@ def in_parallel(
             raise
     return sorted(bad)
 
-# %% ../../nbs/54_image_cache.ipynb #ff36f72a
+# %% ../../nbs/54_image_cache.ipynb #e0eb2b4c
 class _Rows:
     "Some rows of a memory map, in another order, read when asked for."
     def __init__(self, store, rows):
-        self.store, self.rows, self.dtype, self.shape = store, rows, store.dtype, (len(rows), *store.shape[1:])
+        self.store, self.rows, self.dtype = store, rows, store.dtype
+        self.shape = (len(rows), *store.shape[1:])
         self.nbytes = int(np.prod(self.shape))
 
     def __len__(self): return len(self.rows)
@@ -122,17 +124,19 @@ class ImageCache:
             if hasattr(os, "preadv"): self.file = os.open(self.path, os.O_RDONLY)
             store = np.load(self.path, mmap_mode="r")
         except OSError as e:
-            raise UserError(f"{self.path}: cannot be read ({e.strerror}); the image cache was built anew or removed: "
-                            "call cache_images again") from None
+            raise UserError(f"{self.path}: cannot be read ({e.strerror}); the image cache was built anew or "
+                            "removed: call cache_images again") from None
         every = np.array_equal(self.rows, np.arange(len(store)))
-        self.images = store if every else _Rows(store, self.rows)            # (N, H, W, 3) uint8, row i of the records
+        self.images = store if every else _Rows(store, self.rows)  # (N, H, W, 3) uint8, row i of the records
         self.start, self.bytes = store.offset, int(np.prod(store.shape[1:]))
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, rows): return self.read(rows)
-    def __repr__(self): return f"{len(self)} images of {self.images.shape[1]}×{self.images.shape[2]} in {self.path}"
-    def __reduce__(self): return ImageCache, (self.path, self.rows, self.digest)  # a process opens the file anew
-    def __del__(self, close=os.close):                                       # `os` is gone when the program ends
+    def __repr__(self):
+        height, width = self.images.shape[1:3]
+        return f"{len(self)} images of {height}×{width} in {self.path}"
+    def __reduce__(self): return ImageCache, (self.path, self.rows, self.digest)  # opened anew by a process
+    def __del__(self, close=os.close):  # `os` is gone when the program ends
         if hasattr(self, "file"): close(self.file)
 
     def _fill(self, batch, rows):
@@ -142,11 +146,11 @@ class ImageCache:
             return
         for image, row in zip(batch, self.rows[rows].tolist()):
             if os.preadv(self.file, [image], self.start + row * self.bytes) < self.bytes:
-                raise UserError(f"{self.path} has become shorter while it was open; delete it and start again")
+                raise UserError(f"{self.path} has become shorter while it was open; delete it, start again")
 
     def read(
         self, rows,  # row numbers of the records (B,)
-        out=None,    # what an earlier `read` of as many rows returned, to overwrite: fresh memory must be cleared first
+        out=None,    # what an earlier `read` of as many rows returned, to be overwritten
     ):               # uint8 tensor (B, 3, H, W), channels last in memory
         "A batch."
         import torch
@@ -154,11 +158,12 @@ class ImageCache:
         if len(rows) and not -len(self) <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows {rows.min()}…{rows.max()} of {len(self)} images")
         if out is None or len(out) != len(rows):
-            out = torch.from_numpy(np.empty((len(rows), *self.images.shape[1:]), np.uint8)).permute(0, 3, 1, 2)
+            fresh = np.empty((len(rows), *self.images.shape[1:]), np.uint8)
+            out = torch.from_numpy(fresh).permute(0, 3, 1, 2)
         self._fill(out.permute(0, 2, 3, 1).numpy(), rows)                    # (B, H, W, 3), the same memory
         return out
 
-# %% ../../nbs/54_image_cache.ipynb #fd71ed1f
+# %% ../../nbs/54_image_cache.ipynb #b12baf3e
 _VERSION = 1  # raised when the pixels of a cache would change
 
 def _stamps(root, paths):
@@ -166,7 +171,8 @@ def _stamps(root, paths):
     out = np.empty((len(paths), 3), np.int64)
     for i, path in enumerate(paths):
         try: s = os.stat(os.path.join(root, path))
-        except OSError as e: raise UserError(f"{Path(root) / path}: cannot be read ({e.strerror}); {AGAIN}") from None
+        except OSError as e:
+            raise UserError(f"{Path(root) / path}: cannot be read ({e.strerror}); {AGAIN}") from None
         out[i] = s.st_size, s.st_mtime_ns, s.st_ctime_ns
     return out
 
@@ -183,8 +189,8 @@ def _write_at(file, data, place):
             f.seek(place)
             f.write(data)
     except OSError as e:
-        raise OSError(e.errno, f"the image cache cannot be written ({e.strerror}); free some space or give another "
-                               "folder") from None
+        raise OSError(e.errno, f"the image cache cannot be written ({e.strerror}); free some space or give "
+                               "another folder") from None
 
 def _build(root, paths, size, partial, workers):
     "Decode every image into the file `partial`; hashes of the image files (N, 16)."
@@ -200,7 +206,7 @@ def _build(root, paths, size, partial, workers):
     with open(partial, "r+b") as f: os.fsync(f.fileno())
     return hashes
 
-# %% ../../nbs/54_image_cache.ipynb #c695c2eb
+# %% ../../nbs/54_image_cache.ipynb #6a6622f4
 def _write_index(index, stamps, hashes, store):
     "What makes a cache a finished one."
     stream = io.BytesIO()
@@ -216,23 +222,24 @@ def _indexed(index, shape):
         right = store.stat().st_size == known["bytes"] and images.shape == shape and images.dtype == np.uint8
         right &= known["stamps"].shape == (shape[0], 3) and known["digests"].shape == (shape[0], 16)
         return (known, store) if right else None
-    except Exception: return None            # NumPy, zipfile and tokenize raise all kinds of errors for damaged files
+    except Exception: return None            # damaged files make NumPy, zipfile and tokenize raise all kinds
 
 def _finished(index, root, paths, size, alone=False):
-    "(file, hashes) of a finished cache, if no image has changed. Who has locked the index is alone and renews it."
+    "(file, hashes) of a finished cache, if no image changed. Who is alone, with the lock, renews its index."
     found = _indexed(index, (len(paths), *size, 3))
     if found is None: return None
     (known, store), now = found, _stamps(root, paths)
     if not np.array_equal(now[:, 0], known["stamps"][:, 0]): return None
-    touched = np.flatnonzero((now != known["stamps"]).any(1))                # written again or copied: other content?
+    touched = np.flatnonzero((now != known["stamps"]).any(1))  # written again or copied: other content?
     renew = len(touched) and os.access(index, os.W_OK) and os.access(index.parent, os.W_OK)
     if renew and not alone: return None
     for i in touched:
-        if content_hash(read_bytes(os.path.join(root, paths[i]))) != known["digests"][i].tobytes(): return None
+        now_has = content_hash(read_bytes(os.path.join(root, paths[i])))
+        if now_has != known["digests"][i].tobytes(): return None
     if renew: _write_index(index, now, known["digests"], store)
     return store, known["digests"]
 
-# %% ../../nbs/54_image_cache.ipynb #e6ab2388
+# %% ../../nbs/54_image_cache.ipynb #0d409d9c
 def _write(index, root, paths, size, workers):
     "(file, hashes) of a new cache: what stands under the final name is whole."
     left = [f for f in index.parent.glob(f"*{index.stem}*") if f.suffix in (".partial", ".tmp")]
@@ -240,8 +247,8 @@ def _write(index, root, paths, size, workers):
     before, need = _stamps(root, paths), len(paths) * size[0] * size[1] * 3
     free = shutil.disk_usage(index.parent).free
     if free < need:
-        raise UserError(f"{index.parent}: the image cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                        "free some space, or give another folder")
+        raise UserError(f"{index.parent}: the image cache needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+                        "are free; free some space, or give another folder")
     store = index.with_name(f"{index.stem}-{content_hash(before.tobytes())[:6].hex()}.npy")
     partial = store.with_suffix(".partial")
     hashes = _build(root, paths, size, partial, workers)
@@ -251,7 +258,7 @@ def _write(index, root, paths, size, workers):
         if old != store: old.unlink()
     return store, hashes
 
-# %% ../../nbs/54_image_cache.ipynb #60d8c675
+# %% ../../nbs/54_image_cache.ipynb #53453346
 def _folder(dataset):
     "Where the cache of a dataset is kept."
     beside = Path(dataset.root) / ".di2l_cache"
@@ -273,17 +280,18 @@ def cache_images(
     folder=None,      # where to keep the cache; None: beside the images, or in the user's cache folder
     workers=None,     # threads that decode; None: one a core
 ):                    # `ImageCache`, one row a record
-    "Every image of the dataset decoded and resized once; later calls open what is there, unless a file has changed."
+    "Every image decoded and resized once; later calls open what is there, unless a file has changed."
     records, size = dataset.records if dataset.source is None else dataset.source, _height_and_width(size)
     root, paths = dataset.root, sorted(records.path)
     key = sha256(json.dumps([_VERSION, dataset.name, size, paths]))[:16]
     name = f"{dataset.name}-{size[0]}x{size[1]}-{key}.npz"
     found = None if folder else _finished(Path(root) / ".di2l_cache" / name, root, paths, size)
-    if not found:                                                            # none beside the images, whoever's it is
+    if not found:  # none beside the images, whoever's it is
         folder = Path(folder) if folder else _folder(dataset)
         try: folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise UserError(f"{folder}: the image cache cannot be made there ({e.strerror}); "
-                                             "set XDG_CACHE_HOME to a folder with room") from None
+        except OSError as e: raise UserError(f"{folder}: the image cache cannot be made there "
+                                             f"({e.strerror}); set XDG_CACHE_HOME to a "
+                                             "folder with room") from None
         found = _finished(folder / name, root, paths, size)
     if not found:
         with locked((folder / name).with_suffix(".lock")):

@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'check_image', 'Report', 'verify']
 
-# %% ../../nbs/53_dataset_checker.ipynb #c1e1c533
+# %% ../../nbs/53_dataset_checker.ipynb #6a594cd3
 import os, re, warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..console import UserError, one_of
 from .cache import AGAIN, content_hash, decode, in_parallel, open_image, read_bytes
-from .files import collect, complain, dataset_root, few, is_closed, is_image, is_number, listing
-from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS, llcm_images, regdb_images, sysu_images
+from .files import (collect, complain, dataset_root, few, is_closed, is_image, is_number, listing,
+                             read_list)
+from .records import (COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS, llcm_images, regdb_images,
+                               sysu_images)
 
 # %% ../../nbs/53_dataset_checker.ipynb #1e28952c
 _SYSU_IMAGES = {1: 6289, 2: 7528, 3: 9812, 4: 8030, 5: 8224, 6: 5980}
@@ -39,7 +41,7 @@ def _frame(rows):
     import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS[:-1])
 
-# %% ../../nbs/53_dataset_checker.ipynb #62e49d08
+# %% ../../nbs/53_dataset_checker.ipynb #f20f65d5
 def _gaps(t):
     "(camera, files) that the numbers of an identity's images leave out: `cam1/0001/0003.*`."
     gaps = []
@@ -49,7 +51,7 @@ def _gaps(t):
         width, numbers = max(map(len, stems)), [0, *sorted(map(int, stems))]
         for a, b in zip(numbers, numbers[1:]):
             name = lambda k: f"{folder}/{k:0{width}d}.*"
-            if b - a > 100: gaps.append((cam, f"{name(a + 1)} … {name(b - 1)}"))  # `b` is no count of images
+            if b - a > 100: gaps.append((cam, f"{name(a + 1)} … {b - 1:0{width}d}.*"))  # `b` counts no images
             else: gaps += [(cam, name(k)) for k in range(a + 1, b)]
     return gaps
 
@@ -58,8 +60,8 @@ def _by_permutations(root, t, path):
     from scipy.io import loadmat
     try: table = loadmat(os.fspath(path))["rand_perm_cam"]
     except Exception as e:
-        raise UserError(f"{path}: cannot be read as the official rand_perm_cam.mat ({e}); get it from SYSU-MM01's "
-                        "authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
+        raise UserError(f"{path}: cannot be read as the official rand_perm_cam.mat ({e}); get it from "
+                        "SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
     wanted = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1) for p, (o,) in enumerate(cam[0], 1)}
     found = t.groupby(["cam", "pid"]).size().to_dict()
     for cam, pid in sorted({*wanted, *found}):
@@ -75,22 +77,23 @@ def _by_numbers(root, t, permutations):
     for cam, files in gaps:
         if cam in short: complain(f"{root / files}: is missing; {AGAIN}")
     if not permutations and have != _SYSU_IMAGES:
-        notes.append("the cameras' counts differ from those expected: `--permutations rand_perm_cam.mat`, the "
-                     "authors' file, names every folder with too few or too many images")
+        notes.append("the cameras' counts differ from those expected: `--permutations rand_perm_cam.mat`, "
+                     "the authors' file, names every folder with too few or too many images")
     left = [files for cam, files in gaps if cam not in short]
-    if left: notes.append(f"{len(left)} gaps in the numbers of images, whose cameras have no fewer than expected; "
-                          f"`--permutations rand_perm_cam.mat` tells whether one was moved: {few(left, 25)}")
+    if left: notes.append(f"{len(left)} gaps in the numbers of images, whose cameras have no fewer than "
+                          f"expected; `--permutations rand_perm_cam.mat` tells whether one was moved: "
+                          f"{few(left, 25)}")
     return notes
 
-# %% ../../nbs/53_dataset_checker.ipynb #d55025a0
+# %% ../../nbs/53_dataset_checker.ipynb #90e14eaf
 def _check_sysu(root, official, permutations):
     "(rows, counts, notes)"
     rows, notes = sysu_images(root), []
     t = _frame(rows)
     seen = t.groupby("pid").modality.nunique()
     alone = int((seen == 1).sum())
-    if alone: notes.append(f"{alone} identities have one modality only; they are neither trained on nor tested "
-                           "(22 in the official dataset, which stand in no split)")
+    if alone: notes.append(f"{alone} identities have one modality only; they are neither trained on nor "
+                           "tested (22 in the official dataset, which stand in no split)")
     if official and permutations: _by_permutations(root, t, permutations)
     if official: notes += _by_numbers(root, t, permutations)
     test, visible = _chosen(t, "test"), {"all": (1, 2, 4, 5), "indoor": (1, 2)}
@@ -100,10 +103,24 @@ def _check_sysu(root, official, permutations):
     counts |= {f"{s} identities": _chosen(t, s).pid.nunique() for s in ("train", "val", "test")}
     counts["queries (infrared test images)"] = len(_chosen(t, "test", "infrared"))
     for mode, cams in visible.items():
-        counts[f"single-shot gallery, {mode}-search"] = len(test[test.cam.isin(cams)].drop_duplicates(["pid", "cam"]))
+        pool = test[test.cam.isin(cams)].drop_duplicates(["pid", "cam"])
+        counts[f"single-shot gallery, {mode}-search"] = len(pool)
     return rows, counts, notes
 
-# %% ../../nbs/53_dataset_checker.ipynb #09407845
+# %% ../../nbs/53_dataset_checker.ipynb #bb2931c8
+def _contradictions(root, trial, split):
+    "Complain of labels that are not those of the other images of the same person."
+    import pandas as pd
+    lists = [f"idx/{split}_{kind}_{trial}.txt" for kind in ("visible", "thermal")]
+    rows = [(name, path, PurePosixPath(path).parent.name, label)
+            for name in lists for path, label in read_list(root, name)]
+    t = pd.DataFrame(rows, columns=["name", "path", "person", "label"])
+    usual = t.groupby("person").label.agg(lambda labels: labels.mode()[0])
+    for name, path, person, label in t[t.label != t.person.map(usual)].itertuples(index=False):
+        complain(f"{root / name}: gives {path} the label {label}, and other images of identity {person} the "
+                 f"label {usual[person]}; an identity has one label in a split: correct the line, or take "
+                 "the file again from the authors")
+
 def _check_regdb(root, official, permutations):
     "(rows, counts, notes)"
     rows, lists = set(), {}
@@ -113,9 +130,11 @@ def _check_regdb(root, official, permutations):
             name = f"idx/{split}_{kind}_{trial}.txt"
             lists[name] = lists.get(name, 0) + 1
             rows.add((path, pid, cam, modality, "listed"))
+        for split in "train", "test": _contradictions(root, trial, split)
     t, rows = _frame(sorted(rows)), sorted(rows)
-    both = t.groupby(["pid", "modality"]).size().unstack(fill_value=0).reindex(columns=MODALITIES, fill_value=0)
-    counts = {"identities": t.pid.nunique(), **{f"{m} images": int((t.modality == m).sum()) for m in MODALITIES},
+    both = t.groupby(["pid", "modality"]).size().unstack(fill_value=0)
+    counts = {"identities": t.pid.nunique(),
+              **{f"{m} images": len(_chosen(t, None, m)) for m in MODALITIES},
               "identities with 10 + 10 images": int((both == 10).all(axis=1).sum()),
               "complete lists": sum(n == 2060 for n in lists.values())}
     if official: counts |= {name: n for name, n in lists.items() if n != 2060}
@@ -130,11 +149,12 @@ def _misnamed(root, rows):
         said = _LLCM_NAME.fullmatch(PurePosixPath(path).name.lower())
         said = said and (int(said[1]), int(said[2]), MODALITIES[said[3] == "nir"])
         if said and said != (pid, cam, modality):
-            found.append(f"{root / path}: is misplaced: its name says identity {said[0]}, camera {said[1]}, {said[2]}, "
-                         f"and its place identity {pid}, camera {cam}, {modality}; move it where it belongs, or {AGAIN}")
+            found.append(f"{root / path}: is misplaced: its name says identity {said[0]}, camera {said[1]}, "
+                         f"{said[2]}, and its place identity {pid}, camera {cam}, {modality}; "
+                         f"move it where it belongs, or {AGAIN}")
     if len(found) > len(rows) / 10:
-        return [f"the names of {len(found)} images tell another identity, camera or modality than their place, which "
-                f"is used; the names seem to be of another kind. The first: {found[0]}"]
+        return [f"the names of {len(found)} images tell another identity, camera or modality than their "
+                f"place, which is used; the names seem to be of another kind. The first: {found[0]}"]
     for message in found: complain(message)
     return []
 
@@ -147,7 +167,7 @@ def _check_llcm(root, official, permutations):
         counts |= {f"{s}, {m} images": len(_chosen(t, s, m)) for m in MODALITIES}
     return rows, {"images": len(t), "identities": t.pid.nunique(), **counts}, _misnamed(root, rows)
 
-# %% ../../nbs/53_dataset_checker.ipynb #650d6ede
+# %% ../../nbs/53_dataset_checker.ipynb #5bb77271
 def _walk(folder, followed):
     "Paths of all images below a folder."
     for entry in listing(folder):
@@ -155,17 +175,17 @@ def _walk(folder, followed):
             if is_image(entry.name): yield Path(entry.path)
             continue
         target = Path(entry.path).resolve() if entry.is_symlink() else None
-        if target and any(target == f or f in target.parents or target in f.parents for f in followed): continue
+        if target and any(target.is_relative_to(f) or f.is_relative_to(target) for f in followed): continue
         if target: followed.add(target)
         yield from _walk(entry.path, followed)
 
-# %% ../../nbs/53_dataset_checker.ipynb #e1fb1b23
+# %% ../../nbs/53_dataset_checker.ipynb #bd284a68
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # how a whole JPEG and PNG end, by how they begin
 
 def _ended_jpeg(data):
     "Whether the end-of-image marker comes after the pixels begin."
     at = 2
-    while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda":     # a fill byte, or a part of the header
+    while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda":  # fill byte, or part of the header
         at += 1 if data[at + 1:at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2:at + 4], "big")
     return b"\xff\xd9" in data[at:]
 
@@ -191,10 +211,11 @@ def check_image(
             end = f.read()
             f.seek(0)
             open_image(file, f)
-    except OSError as e: raise UserError(f"{file}: cannot be read ({e.strerror}); check its permissions or {AGAIN}") from None
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror}); check its permissions or {AGAIN}") from None
     if begin not in _ENDS or _ENDS[begin] not in end: _decoded(file)
 
-# %% ../../nbs/53_dataset_checker.ipynb #804182e8
+# %% ../../nbs/53_dataset_checker.ipynb #77261a35
 @dataclass
 class Report:
     "What the checker found."
@@ -211,9 +232,11 @@ class Report:
 
     def __str__(self):
         number = lambda v: "—" if v is None else f"{v:,}"
-        shown = self.checks.assign(expected=self.checks.expected.map(number), found=self.checks.found.map(number),
-                                   ok=self.checks.ok.map({True: "", False: "WRONG"}))
-        lines = [f"{self.name} in {self.root}", shown.to_string(index=False, header=["", "expected", "found", ""])]
+        t = self.checks
+        shown = t.assign(expected=t.expected.map(number), found=t.found.map(number),
+                         ok=t.ok.map({True: "", False: "WRONG"}))
+        table = shown.to_string(index=False, header=["", "expected", "found", ""])
+        lines = [f"{self.name} in {self.root}", table]
         lines += [f"problem: {p}" for p in self.problems] + [f"note: {n}" for n in self.notes]
         wrong = f"{len(self.problems)} problems, {(~self.checks.ok).sum()} wrong counts"
         return "\n".join([*lines, "complete and readable" if self.ok else wrong])
@@ -227,12 +250,12 @@ class Report:
 def _checks(counts, expected):
     "The table of a report."
     import pandas as pd
-    rows = [(what, expected.get(what, 2060 if what.startswith("idx/") else None), n) for what, n in counts.items()]
-    rows = [(what, want, n, want is None or want == n) for what, want, n in rows] if expected else \
-           [(what, None, n, True) for what, n in counts.items()]
+    lists = {what: 2060 for what in counts if what.startswith("idx/")}       # RegDB's
+    rows = [(what, {**lists, **expected}.get(what), n) for what, n in counts.items()]
+    rows = [(what, want, n, want in (None, n)) for what, want, n in rows]
     return pd.DataFrame(rows, columns=["what", "expected", "found", "ok"], dtype=object).astype({"ok": bool})
 
-# %% ../../nbs/53_dataset_checker.ipynb #9d31e684
+# %% ../../nbs/53_dataset_checker.ipynb #d90d0bdf
 def _look_into(files, root, deep, workers):
     "(problems, notes) of images."
     same = {}
@@ -246,25 +269,26 @@ def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
     deep=False,         # decode every image, instead of its header and end
-    permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`, to name every folder with too few or too many images
+    permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`, to name every folder with a wrong count
     workers=None,       # threads; None: one a core
 ):                      # `Report`
-    "Everything that is missing, unreadable, truncated or misplaced in a dataset, and its counts beside those known."
+    "Everything that is missing, unreadable, truncated or misplaced, and the counts beside those known."
     one_of(FOLDERS, dataset=name)
     root = Path(root).expanduser()
-    is_closed(root)                                                          # raises: there is nothing to collect
+    is_closed(root)  # raises: there is nothing to collect
     benchmark, standin = (os.path.isfile(root / f"{n}.json") for n in ("benchmark", "standin"))
     check = {"sysu": _check_sysu, "regdb": _check_regdb, "llcm": _check_llcm}[name]
     with collect() as problems, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         dataset_root(root, *FOLDERS[name])
         rows, counts, notes = check(root, not benchmark, permutations)
-        images, known = [f.relative_to(root).as_posix() for f in _walk(root, {root.resolve()})], {r[0] for r in rows}
+        images = [f.relative_to(root).as_posix() for f in _walk(root, {root.resolve()})]
+        known = {r[0] for r in rows}  # a reader may know what a walk misses
         for p in sorted(images) if not is_closed(root / "idx") else ():
-            if p not in known: complain(f"{root / p}: is misplaced: no identity's folder or list of the dataset holds "
-                                        "it; move it where it belongs or away")
+            if p not in known: complain(f"{root / p}: is misplaced: no identity's folder or list of the "
+                                        "dataset holds it; move it where it belongs or away")
     notes += [str(w.message) for w in said if w.category is UserWarning]
-    bad, more = _look_into(sorted({*images, *known}), root, deep, workers)   # a reader may know what a walk does not find
+    bad, more = _look_into(sorted({*images, *known}), root, deep, workers)
     if benchmark: notes.append("benchmark.json: this is the embedded benchmark, whose counts are its own")
     if standin: notes.append("standin.json: this is a stand-in with flat-coloured images, not the dataset")
     checks = _checks(counts, {} if benchmark else EXPECTED[name])

@@ -53,14 +53,14 @@ def _is_utf8(path):
     try: return bool(str(path).encode())
     except UnicodeEncodeError: return False
 
-# %% ../../nbs/52_dataset_files.ipynb #0f010718
+# %% ../../nbs/52_dataset_files.ipynb #06b8d2c7
 def listing(
     folder,  # to read
 ):           # `os.DirEntry` of what it holds, sorted by name, without what file managers leave
     "A folder's entries; it is an error if they cannot be read or opened."
     try:
         with os.scandir(folder) as entries: found = sorted(entries, key=lambda e: e.name)
-        os.stat(os.path.join(folder, "."))                                   # names alone would not let us open a file
+        os.stat(os.path.join(folder, "."))  # names alone would not let us open a file
     except OSError as e:
         complain(f"{folder}: cannot be read ({e.strerror}); every folder of the dataset must be readable: "
                  "check that it exists, and its permissions (chmod -R u+rX)")
@@ -97,7 +97,7 @@ def dataset_root(
     for n in missing: complain(f"{root / n}: is missing; check that the archive was unpacked completely")
     return root
 
-# %% ../../nbs/52_dataset_files.ipynb #debada50
+# %% ../../nbs/52_dataset_files.ipynb #8b447286
 def _images_in(folder, below, left):
     "Paths of the images in an identity's folder; what else there is goes to `left`."
     names = [e.name for e in listing(folder)]
@@ -117,8 +117,8 @@ def _identities_in(root, cam, left):
             continue
         pid = int(entry.name)
         if pid in folders:
-            complain(f"{entry.path}: is the folder of identity {pid}, and so is {folders[pid]}; each has one folder "
-                     "a camera: put what belongs together into one, or remove one")
+            complain(f"{entry.path}: is the folder of identity {pid}, and so is {folders[pid]}; each has one "
+                     "folder a camera: put what belongs together into one, or remove one")
         folders[pid] = entry.name
         yield from ((path, pid) for path in _images_in(root / cam / entry.name, f"{cam}/{entry.name}", left))
 
@@ -141,8 +141,9 @@ def camera_images(
         if cam and os.path.isdir(entry.path):
             found += [(path, int(cam[1]), pid) for path, pid in _identities_in(root, folder, left)]
         elif parent: left.append(folder)
-    if left: warnings.warn(f"{len(left)} files or folders are left out, for they are no images ({', '.join(ENDINGS)}) "
-                           f"in the folder of a camera and identity (such as cam1/0001): {few(left)}")
+    if left: warnings.warn(f"{len(left)} files or folders are left out, for they are no images "
+                           f"({', '.join(ENDINGS)}) in the folder of a camera and identity "
+                           f"(such as cam1/0001): {few(left)}")
     return found
 
 # %% ../../nbs/52_dataset_files.ipynb #1ef827cc
@@ -177,7 +178,7 @@ def read_text(
     try: return data if data is None else [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError: complain(f"{path}: is no UTF-8 text; {_AS_DISTRIBUTED}")
 
-# %% ../../nbs/52_dataset_files.ipynb #cc9efbad
+# %% ../../nbs/52_dataset_files.ipynb #8b96c784
 def _digits(number):
     "A whole number's digits; what is none, as it is."
     try: return str(int(number)) if number == int(number) else str(number)
@@ -190,7 +191,8 @@ def _mat_words(path):
     if data is None: return None
     try: return [_digits(i) for i in loadmat(io.BytesIO(data))["id"].ravel()]
     except KeyError: complain(f"{path}: holds no variable `id`; {_AS_DISTRIBUTED}")
-    except Exception as e: complain(f"{path}: is no readable .mat file ({type(e).__name__}); {_AS_DISTRIBUTED}")
+    except Exception as e:
+        complain(f"{path}: is no readable .mat file ({type(e).__name__}); {_AS_DISTRIBUTED}")
 
 def _text_words(path):
     "The words of a text file; None where it cannot be read."
@@ -204,23 +206,25 @@ def read_ids(
     path, ids = Path(path), []
     words = _mat_words(path) if path.suffix == ".mat" else _text_words(path)
     for w in filter(None, words or ()):
-        if not is_number(w): complain(f"{path}: {w!r} is no identity; expected whole numbers separated by commas, "
-                                      "such as 6,10,17: correct the file or take it again from the authors")
+        if not is_number(w): complain(f"{path}: {w!r} is no identity; expected whole numbers separated by "
+                                      "commas, such as 6,10,17: correct the file "
+                                      "or take it again from the authors")
         elif int(w) in ids: complain(f"{path}: identity {int(w)} is listed twice; each may be listed once: "
                                      "remove the duplicate")
         else: ids.append(int(w))
-    if words is not None and not ids: complain(f"{path}: lists no identity; take the file again from the authors")
+    if words is not None and not ids:
+        complain(f"{path}: lists no identity; take the file again from the authors")
     return sorted(ids)
 
-# %% ../../nbs/52_dataset_files.ipynb #a0ac4fcf
+# %% ../../nbs/52_dataset_files.ipynb #9e892b1c
 def _split_file(root, name):
     "`exp/train_id.txt` or its `.mat`, in `exp` or at the top; None if there is none. Of several the first."
     places = [root / d / f"{name}.{kind}" for kind in ("txt", "mat") for d in ("exp", ".")]
     files = [f for f in places if os.path.isfile(f)]
     with collect(): ids = [read_ids(f) for f in files]
     for other, found in zip(files, ids):
-        if found != ids[0]: warnings.warn(f"{files[0]} and {other} name different identities, and the first is used; "
-                                          "they should agree: take both again from the authors")
+        if found != ids[0]: warnings.warn(f"{files[0]} and {other} name different identities, and the first "
+                                          "is used; they should agree: take both again from the authors")
     return files[0] if files else None
 
 def sysu_splits(
@@ -232,13 +236,13 @@ def sysu_splits(
     split, pids = {}, {pid for pid, _ in seen}
     files = {s: _split_file(root, f"{s}_id") for s in ("train", "val", "test")}
     for s in "train", "test":
-        if not files[s]: complain(f"{root}/exp/{s}_id.txt: not found, neither as .mat; it comes with the dataset, "
-                                  "in its folder exp: put it there")
+        if not files[s]: complain(f"{root}/exp/{s}_id.txt: not found, neither as .mat; it comes with the "
+                                  "dataset, in its folder exp: put it there")
     for s, pid in ((s, pid) for s, file in files.items() if file for pid in read_ids(file)):
-        if pid in split: complain(f"{files[s]}: identity {pid} is in {split[pid]}_id too; each may be in one split: "
-                                  "take the split files again from the authors")
-        elif pid not in pids: complain(f"{files[s]}: identity {pid} has no image in cam1…cam6; the dataset is "
-                                       f"incomplete: `di2l_verify sysu {root}` lists all that is missing")
+        if pid in split: complain(f"{files[s]}: identity {pid} is in {split[pid]}_id too; each may be in one "
+                                  "split: take the split files again from the authors")
+        elif pid not in pids: complain(f"{files[s]}: identity {pid} has no image in cam1…cam6; the dataset "
+                                       f"is incomplete: `di2l_verify sysu {root}` lists all that is missing")
         else: split[pid] = s
     both = {pid for pid in pids if {(pid, "visible"), (pid, "infrared")} <= seen}
     return split if files["val"] else {p: "val" for p in both} | split
@@ -270,7 +274,7 @@ def _names(root, folder):
     names = [e.name for e in listing(root / folder)] if os.path.isdir(root / folder) else []
     return {_plain(n): n for n in names} | {n: n for n in names}
 
-# %% ../../nbs/52_dataset_files.ipynb #f7b4666e
+# %% ../../nbs/52_dataset_files.ipynb #6b358b49
 def _on_disk(root, name, pairs):
     "(path as on disk, label) of what a list names, each once; complains of the rest."
     folders, seen = {}, set()
@@ -281,8 +285,8 @@ def _on_disk(root, name, pairs):
         found = folders[folder].get(file) or folders[folder].get(_plain(file))
         place = f"{folder}/{found}".lstrip("/")
         if not found:
-            complain(f"{root / path}: is missing, though {name} names it; the dataset is incomplete (`di2l_verify` "
-                     "lists all that is missing): copy it again from the dataset's archive")
+            complain(f"{root / path}: is missing, though {name} names it; the dataset is incomplete "
+                     "(`di2l_verify` lists all that is missing): copy it again from the dataset's archive")
         elif place in seen:
             complain(f"{root / place}: is listed twice in {name}; each image may be listed once: "
                      "remove the duplicate line")
@@ -302,6 +306,6 @@ def read_list(
     if not pairs: complain(f"{root / name}: lists no image; take the file again from the authors")
     found = list(_on_disk(root, name, pairs))
     wrong = [path for path, _ in found if other and path.startswith(f"{other}/")]
-    if wrong: complain(f"{root / name}: names {len(wrong)} images of {other}, such as {wrong[0]}; expected images of "
-                       "the other modality alone: take the lists again from the dataset's archive")
+    if wrong: complain(f"{root / name}: names {len(wrong)} images of {other}, such as {wrong[0]}; expected "
+                       "images of the other modality alone: take the lists again from the dataset's archive")
     return found

@@ -6,7 +6,7 @@
 __all__ = ['MODALITIES', 'COLUMNS', 'SYSU_CAMERAS', 'FOLDERS', 'Dataset', 'sysu_images', 'read_sysu', 'regdb_images',
            'read_regdb', 'llcm_images', 'read_llcm', 'read_dataset', 'hold_out', 'class_labels', 'IdentitySampler']
 
-# %% ../../nbs/01_data.ipynb #f301ee7b
+# %% ../../nbs/01_data.ipynb #8540d8d4
 import re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..console import UserError, between, one_of, whole
-from .files import camera_images, complain, dataset_root, few, is_number, read_ids, read_list, sysu_splits
+from .files import (camera_images, complain, dataset_root, few, is_number, read_ids, read_list,
+                             sysu_splits)
 
-# %% ../../nbs/01_data.ipynb #f89b8f34
+# %% ../../nbs/01_data.ipynb #abb1d3ad
 MODALITIES = ("visible", "infrared")
 COLUMNS = ["path", "pid", "cam", "modality", "split", "frame"]
 
@@ -27,7 +28,7 @@ class Dataset:
     root: Path          # folder
     records: object     # DataFrame with `COLUMNS`; row numbers 0…N−1
     trial: int = None   # RegDB's split, 1…10
-    source: object = field(default=None, repr=False, compare=False)  # all records, where `records` are some of them
+    source: object = field(default=None, repr=False, compare=False)  # all records, if `records` are some
 
     @property
     def train(self):
@@ -53,7 +54,7 @@ def _table(rows, root):
     t["frame"] = t.groupby(["pid", "cam", "modality", t.path.str.rpartition("/")[0]]).cumcount() + 1
     return t.astype({"pid": "int64", "cam": "int64", "frame": "int64"})[COLUMNS]
 
-# %% ../../nbs/01_data.ipynb #29c1ed71
+# %% ../../nbs/01_data.ipynb #3f4e7536
 SYSU_CAMERAS = {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"}
 
 FOLDERS = {"sysu": [f"cam{c}" for c in SYSU_CAMERAS],  # that a dataset has at its top
@@ -64,7 +65,8 @@ def sysu_images(
     root,  # folder
 ):         # rows; split None for identities in no list
     "Every image of SYSU-MM01: `cam1/0001/0001.jpg`."
-    found = [(path, pid, cam, SYSU_CAMERAS[cam]) for path, cam, pid in camera_images(root) if cam in SYSU_CAMERAS]
+    found = [(path, pid, cam, SYSU_CAMERAS[cam])
+             for path, cam, pid in camera_images(root) if cam in SYSU_CAMERAS]
     split = sysu_splits(root, {(pid, modality) for _, pid, _, modality in found})
     return [(*image, split.get(image[1])) for image in found]
 
@@ -75,17 +77,17 @@ def read_sysu(
     root = dataset_root(root, *FOLDERS["sysu"])
     return Dataset("sysu", root, _table(sysu_images(root), root))
 
-# %% ../../nbs/01_data.ipynb #c2c24d74
+# %% ../../nbs/01_data.ipynb #98efaaa5
 def _identity(path, label):
     "The identity of a listed image: its folder's number; without one, the label."
     folder = PurePosixPath(path).parent.name
     return int(folder) if is_number(folder) else label
 
-def _apart(rows, root):
+def _apart(rows, root, where):
     "Complain about identities in training and in test; returns the rows."
     both = {r[1] for r in rows if r[4] == "train"} & {r[1] for r in rows if r[4] == "test"}
-    for pid in sorted(both): complain(f"{root / 'idx'}: identity {pid} is in training and in test; each may be in "
-                                      "one: take the files in idx again from the authors")
+    for pid in sorted(both): complain(f"{root / 'idx'}: identity {pid} is in training and in test {where}; "
+                                      "each may be in one: take the files in idx again from the authors")
     return rows
 
 def regdb_images(
@@ -94,11 +96,12 @@ def regdb_images(
 ):          # rows
     "Every image of one of RegDB's ten splits: `Visible/1/….bmp`, `Thermal/1/….bmp`."
     rows = []
+    kinds = (1, "visible", "Visible", "Thermal"), (2, "infrared", "Thermal", "Visible")
     for split in "train", "test":
-        for cam, modality, folder, other in (1, "visible", "Visible", "Thermal"), (2, "infrared", "Thermal", "Visible"):
+        for cam, modality, folder, other in kinds:
             listed = read_list(root, f"idx/{split}_{folder.lower()}_{trial}.txt", other)
             rows += [(path, _identity(path, label), cam, modality, split) for path, label in listed]
-    return _apart(rows, root)
+    return _apart(rows, root, f"of trial {trial}")
 
 def read_regdb(
     root,     # folder with `Visible`, `Thermal` and `idx`
@@ -109,7 +112,7 @@ def read_regdb(
     root = dataset_root(root, *FOLDERS["regdb"])
     return Dataset("regdb", root, _table(regdb_images(root, trial), root), trial)
 
-# %% ../../nbs/01_data.ipynb #a6434f9e
+# %% ../../nbs/01_data.ipynb #3020a307
 def _llcm_listed(root, kind, modality, other):
     "Rows of `idx/train_vis.txt` or `idx/train_nir.txt`."
     for path, label in read_list(root, f"idx/train_{kind}.txt", other):
@@ -128,9 +131,9 @@ def llcm_images(
         rows += [(path, pid, cam, modality, "test" if pid in tested else None)
                  for path, cam, pid in camera_images(root, f"test_{kind}")]
     for pid in sorted(tested - {r[1] for r in rows if r[4] == "test"}):
-        complain(f"{root / 'idx/test_id.txt'}: identity {pid} has no image in test_vis or test_nir; the dataset is "
-                 "incomplete: copy its folders again from the dataset's archive")
-    return _apart(rows, root)
+        complain(f"{root / 'idx/test_id.txt'}: identity {pid} has no image in test_vis or test_nir; the "
+                 "dataset is incomplete: copy its folders again from the dataset's archive")
+    return _apart(rows, root, "(test_id.txt)")
 
 def read_llcm(
     root,  # folder with `vis`, `nir`, `test_vis`, `test_nir` and `idx`
@@ -182,11 +185,11 @@ def _identity_order(rng, K, ids, repeats):
         order = np.concatenate([order, fresh])
     return order.reshape(-1, ids)
 
-# %% ../../nbs/01_data.ipynb #ef38063c
+# %% ../../nbs/01_data.ipynb #878d602f
 def _served_before(order, repeats):
     "How often the identity at each place of `order` was served before (steps, ids)."
     flat = order.ravel()
-    by_identity = np.argsort(flat, kind="stable")                            # all places of identity 0, then of 1, …
+    by_identity = np.argsort(flat, kind="stable")  # all places of identity 0, then of 1, …
     served = np.empty_like(flat)
     served[by_identity] = np.arange(len(flat)) % repeats
     return served.reshape(order.shape)
@@ -208,13 +211,13 @@ class _Images:
         place = (served[..., None] * n + np.arange(n)) % self.count[order][..., None]  # (steps, ids, n)
         return shuffled[self.first[order][..., None] + place].reshape(len(order), -1)  # (steps, ids·n)
 
-# %% ../../nbs/01_data.ipynb #a6170955
+# %% ../../nbs/01_data.ipynb #b0692747
 def _with_both(records):
     "Identities with both modalities (K,), sorted."
     visible, infrared = (set(records.pid[records.modality == m]) for m in MODALITIES)
     alone = sorted(visible ^ infrared)
-    if alone: warnings.warn(f"{len(alone)} identities have one modality only and are not sampled: {few(alone)}",
-                            stacklevel=3)
+    if alone: warnings.warn(f"{len(alone)} identities have one modality only and are not sampled: "
+                            f"{few(alone)}", stacklevel=3)
     return np.array(sorted(visible & infrared), np.int64)
 
 def _check_sampling(ids, visible, infrared, rank, world):
@@ -223,9 +226,10 @@ def _check_sampling(ids, visible, infrared, rank, world):
     if world < 1 or rank not in range(world):
         raise UserError(f"rank = {rank}, world = {world}; of 2 processes that share a batch, world = 2, "
                         "one has rank 0 and the other rank 1")
-    if ids % world: raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
+    if ids % world:
+        raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
 
-# %% ../../nbs/01_data.ipynb #151ec1bd
+# %% ../../nbs/01_data.ipynb #5aeac6e5
 class IdentitySampler:
     "Batches of `ids` identities × (`visible` + `infrared` images); every identity equally often in an epoch."
     def __init__(
@@ -234,17 +238,17 @@ class IdentitySampler:
         visible=4,      # visible images of each
         infrared=4,     # infrared images of each
         seed=0,         # of the order
-        repeats=None,   # servings of each identity in an epoch; None: until the larger modality was seen about once
+        repeats=None,   # servings of each identity; None: until the larger modality was seen about once
         rank=0,         # this process
         world=1,        # number of processes that share each batch
     ):
         _check_sampling(ids, visible, infrared, rank, world)
         self.ids, self.counts, self.seed, self.rank, self.world = ids, (visible, infrared), seed, rank, world
         self.pids = _with_both(records)
-        if len(self.pids) < ids: raise UserError(f"{len(self.pids)} identities have both modalities, and a batch "
-                                                 f"needs {ids}; give a smaller ids or more data")
+        if len(self.pids) < ids: raise UserError(f"{len(self.pids)} identities have both modalities, and a "
+                                                 f"batch needs {ids}; give a smaller ids or more data")
         self.images = [_Images(records, self.pids, m) for m in MODALITIES]
-        unit = ids // np.gcd(ids, len(self.pids))                            # servings that fill whole batches
+        unit = ids // np.gcd(ids, len(self.pids))  # servings that fill whole batches
         if repeats is None: units = max(1, round(max(i.count.mean() / n for i, n in self._both()) / unit))
         else: whole(1, repeats=repeats); units = -(-repeats // unit)
         self.repeats = int(unit * units)
@@ -264,5 +268,5 @@ class IdentitySampler:
         order = _identity_order(rng, len(self.pids), self.ids, self.repeats)           # (steps, ids)
         served, part = _served_before(order, self.repeats), self.ids // self.world
         mine = slice(self.rank * part, (self.rank + 1) * part)
-        rows = [i.serve(rng, order, served, n).reshape(len(order), self.ids, n)[:, mine] for i, n in self._both()]
-        return list(zip(*(r.reshape(len(order), -1) for r in rows)))
+        rows = [i.serve(rng, order, served, n).reshape(len(order), self.ids, n) for i, n in self._both()]
+        return list(zip(*(r[:, mine].reshape(len(order), -1) for r in rows)))
