@@ -778,12 +778,13 @@ def notebook_pictures(folder, monkeypatch):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    cells = ["".join(c["source"]) for c in json.loads((Path(__file__).resolve().parents[1] / "nbs/01_data.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    notebook = json.loads((Path(__file__).resolve().parents[1] / "nbs/01_data.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     monkeypatch.setenv("DI2L_DATA", str(folder))
     names = dict(vars(records))
     with plt.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for mark in "def counted", "per = counts", "firsts =":
+        for mark in "import matplotlib", "\nkinds = {", "counts = data", "per = counts", "def skipped":
             (cell,) = [c for c in cells if mark in c]
             exec(cell, names)
         figures = [plt.figure(n) for n in plt.get_fignums()]
@@ -792,15 +793,18 @@ def notebook_pictures(folder, monkeypatch):
     return names, figures
 
 
-@pytest.mark.parametrize("name, folders, rows, columns", [("sysu", ["SYSU-MM01", "RegDB", "LLCM"], 6, 4), ("regdb", ["RegDB", "LLCM"], 2, 1), ("llcm", ["LLCM"], 18, 9), (None, [], 6, 4)])
-def test_notebook_draws_the_dataset_at_hand(bases, tmp_path, monkeypatch, name, folders, rows, columns):
+@pytest.mark.parametrize("name, folders, rows, cams", [
+    ("sysu", ["SYSU-MM01", "RegDB", "LLCM"], 6, 4), ("regdb", ["RegDB", "LLCM"], 2, 1), ("llcm", ["LLCM"], 18, 9), (None, [], 6, 4)])
+def test_notebook_draws_the_dataset_at_hand(bases, tmp_path, monkeypatch, name, folders, rows, cams):
     for f in folders: (tmp_path / f).symlink_to(bases[{"SYSU-MM01": "sysu"}.get(f, f.lower())])
-    names, (heat, imbalance, sample) = notebook_pictures(tmp_path, monkeypatch)
+    names, (heat, imbalance, protocol) = notebook_pictures(tmp_path, monkeypatch)
     assert names["real"] == (folders[0] if folders else None) and heat.axes[0].get_xlabel() == f"identities ({names['what']})"
     assert len(heat.axes[0].get_yticklabels()) == rows and names["table"].shape == (rows, names["counts"].pid.nunique())
-    assert int(names["counts"].images.sum()) == (len(read(name, bases[name]).records) if name else 45863 - 194 - 210 - 20 - 301 - 333 - 60)
-    pictures = [[bool(ax.images) for ax in sample.axes[k * columns:(k + 1) * columns]] for k in (0, 1)]
-    assert len(sample.axes) == 2 * columns and all(pictures[0]) and any(pictures[1])
+    data = read(name, bases[name]) if name else names["data"]
+    assert int(names["counts"].images.sum()) == len(data.records)
+    query, *gallery = protocol.axes
+    assert query.images and any(a.images for a in gallery) and len(gallery) == len(names["cams"]) * len(names["pids"]) and len(names["cams"]) <= cams
+    names["folder"].cleanup()
 
 
 def test_standin_refuses_a_folder_in_use(bases):
@@ -930,3 +934,74 @@ def test_progress_is_silent_where_nobody_looks(capsys):
 def test_import_is_light():
     code = "import sys, di2l.data.records, di2l.data.cache, di2l.data.checker; print([m for m in ('torch', 'pandas', 'scipy', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+# --- files from strangers
+
+def test_postscript_that_calls_itself_jpg_is_not_run(tmp_path):
+    Image.new("RGB", (16, 32)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "person.jpg")
+    with pytest.raises(UserError, match="person.jpg: is no readable image"): read_image(tmp_path / "person.jpg")
+
+
+@pytest.mark.parametrize("error", [TypeError, NotImplementedError, RuntimeError, AttributeError, MemoryError, struct.error, KeyError, ZeroDivisionError])
+def test_whatever_pil_raises_names_the_image(tmp_path, monkeypatch, error):
+    from PIL import ImageFile
+    file = tmp_path / "a.png"
+    Image.new("RGB", (16, 32)).save(file)
+    def fail(*_, **__): raise error("inside")
+    with monkeypatch.context() as m:
+        m.setattr(ImageFile.ImageFile, "load", fail)
+        with pytest.raises(UserError, match=f"a.png: is damaged .{error.__name__}.*copy it again"): read_image(file)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(UserError, match=f"a.png: is no readable image .{error.__name__}.*copy it again"): read_image(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_pipes_and_devices_are_refused_instead_of_waited_for(copy):
+    root = copy("sysu")
+    file = first(root)
+    file.unlink(), os.mkfifo(file)
+    (problem,) = verify("sysu", root).problems
+    assert problem.startswith(f"{file}: cannot be read (it is no file but a folder, pipe or device)")
+    with pytest.raises(UserError, match="pipe or device"): cache_images(read("sysu", root), (32, 16))
+    with pytest.raises(UserError, match="pipe or device"): read_image("/dev/zero")
+    (root / "exp/test_id.txt").unlink(), os.mkfifo(root / "exp/test_id.txt")
+    with pytest.raises(UserError, match="test_id.txt"): read("sysu", root)
+
+
+def test_files_too_large_for_an_image_are_refused(tmp_path):
+    with open(tmp_path / "a.jpg", "wb") as f: f.truncate(300_000_000)
+    with pytest.raises(UserError, match="a.jpg: cannot be read .it has 300,000,000 bytes, far more than expected"): read_image(tmp_path / "a.jpg")
+
+
+def test_a_name_that_is_no_utf8_is_named_by_readers_and_checker(copy):
+    root = copy("sysu")
+    file = Path(os.fsdecode(os.fsencode(first(root).parent) + b"/caf\xe9.jpg"))
+    try: shutil.copy(first(root), file)
+    except OSError: pytest.skip("this system takes UTF-8 names only")
+    with pytest.raises(UserError, match="its name is no UTF-8 .*xe9.*rename it"): read("sysu", root)
+    (problem,) = verify("sysu", root).problems
+    assert problem.startswith(f"{file}: its name is no UTF-8")
+
+
+def test_the_lock_is_neither_emptied_nor_followed(copy, tmp_path):
+    data, precious = read("regdb", copy("regdb")), tmp_path / "precious"
+    cache_images(data, (16, 8))
+    (lock,) = (data.root / ".di2l_cache").glob("*.lock")
+    for f in (data.root / ".di2l_cache").glob("*.np[yz]"): f.unlink()
+    precious.write_text("do not empty")
+    lock.unlink(), lock.symlink_to(precious)
+    with pytest.raises(UserError, match="cannot be opened as a lock"): cache_images(data, (16, 8))
+    assert precious.read_text() == "do not empty"
+
+
+def test_digest_is_of_every_image_in_the_order_of_the_records(copy, tmp_path):
+    root = copy("regdb")
+    data = read("regdb", root)
+    whole, held = (cache_images(d, (16, 8), tmp_path) for d in (data, hold_out(data)))
+    assert whole.digest == cache_images(data, (24, 12), tmp_path).digest == pickle.loads(pickle.dumps(whole)).digest
+    assert len({whole.digest, held.digest, cache_images(read_regdb(root, 2), (16, 8), tmp_path).digest}) == 2, "trials have the same images"
+    file = root / data.records.path.iloc[-7]
+    Image.new("RGB", (16, 32), (1, 2, 3)).save(file)
+    assert cache_images(data, (16, 8), tmp_path).digest != whole.digest
+

@@ -100,7 +100,7 @@ def in_parallel(
             raise
     return sorted(bad)
 
-# %% ../../nbs/54_image_cache.ipynb #e0eb2b4c
+# %% ../../nbs/54_image_cache.ipynb #72cee058
 class _Rows:
     "Some rows of a memory map, in another order, read when asked for."
     def __init__(self, store, rows):
@@ -112,6 +112,7 @@ class _Rows:
     def __getitem__(self, i): return self.store[self.rows[i]]
     def __array__(self, dtype=None, copy=None): return self.store[self.rows]
 
+# %% ../../nbs/54_image_cache.ipynb #f5f15e82
 class ImageCache:
     "Decoded, resized images of a dataset in one file that all processes share."
     def __init__(
@@ -163,7 +164,7 @@ class ImageCache:
         self._fill(out.permute(0, 2, 3, 1).numpy(), rows)                    # (B, H, W, 3), the same memory
         return out
 
-# %% ../../nbs/54_image_cache.ipynb #b12baf3e
+# %% ../../nbs/54_image_cache.ipynb #4e376dda
 _VERSION = 1  # raised when the pixels of a cache would change
 
 def _stamps(root, paths):
@@ -182,6 +183,7 @@ def content_hash(
     "What tells two contents apart."
     return hashlib.blake2b(data, digest_size=16).digest()
 
+# %% ../../nbs/54_image_cache.ipynb #c3e314fc
 def _write_at(file, data, place):
     "Write into a file; each call opens it for itself, so that threads do not move each other's place."
     try:
@@ -258,7 +260,7 @@ def _write(index, root, paths, size, workers):
         if old != store: old.unlink()
     return store, hashes
 
-# %% ../../nbs/54_image_cache.ipynb #53453346
+# %% ../../nbs/54_image_cache.ipynb #a5d3feca
 def _folder(dataset):
     "Where the cache of a dataset is kept."
     beside = Path(dataset.root) / ".di2l_cache"
@@ -274,6 +276,7 @@ def _height_and_width(size):
     if min(height, width) >= 1: return height, width
     raise UserError(f"size = {size}: expected height and width in pixels, such as (288, 144)")
 
+# %% ../../nbs/54_image_cache.ipynb #423eddff
 def cache_images(
     dataset,          # whose images are needed
     size=(288, 144),  # (H, W) in pixels

@@ -41,7 +41,7 @@ def _frame(rows):
     import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS[:-1])
 
-# %% ../../nbs/53_dataset_checker.ipynb #f20f65d5
+# %% ../../nbs/53_dataset_checker.ipynb #ce9a5997
 def _gaps(t):
     "(camera, files) that the numbers of an identity's images leave out: `cam1/0001/0003.*`."
     gaps = []
@@ -55,6 +55,7 @@ def _gaps(t):
             else: gaps += [(cam, name(k)) for k in range(a + 1, b)]
     return gaps
 
+# %% ../../nbs/53_dataset_checker.ipynb #2626c142
 def _by_permutations(root, t, path):
     "Complain of folders with another number of images than the permutations have."
     from scipy.io import loadmat
@@ -107,7 +108,7 @@ def _check_sysu(root, official, permutations):
         counts[f"single-shot gallery, {mode}-search"] = len(pool)
     return rows, counts, notes
 
-# %% ../../nbs/53_dataset_checker.ipynb #bb2931c8
+# %% ../../nbs/53_dataset_checker.ipynb #dcea2095
 def _contradictions(root, trial, split):
     "Complain of labels that are not those of the other images of the same person."
     import pandas as pd
@@ -121,6 +122,7 @@ def _contradictions(root, trial, split):
                  f"label {usual[person]}; an identity has one label in a split: correct the line, or take "
                  "the file again from the authors")
 
+# %% ../../nbs/53_dataset_checker.ipynb #9e3d7c5d
 def _check_regdb(root, official, permutations):
     "(rows, counts, notes)"
     rows, lists = set(), {}
@@ -140,6 +142,7 @@ def _check_regdb(root, official, permutations):
     if official: counts |= {name: n for name, n in lists.items() if n != 2060}
     return rows, counts, []
 
+# %% ../../nbs/53_dataset_checker.ipynb #59ddc64f
 _LLCM_NAME = re.compile(r"(\d{1,9})_c(\d{1,9})_.*_(vis|nir)\.[a-z]+")
 
 def _misnamed(root, rows):

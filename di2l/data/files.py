@@ -97,7 +97,7 @@ def dataset_root(
     for n in missing: complain(f"{root / n}: is missing; check that the archive was unpacked completely")
     return root
 
-# %% ../../nbs/52_dataset_files.ipynb #8b447286
+# %% ../../nbs/52_dataset_files.ipynb #b6b5704d
 def _images_in(folder, below, left):
     "Paths of the images in an identity's folder; what else there is goes to `left`."
     names = [e.name for e in listing(folder)]
@@ -122,6 +122,7 @@ def _identities_in(root, cam, left):
         folders[pid] = entry.name
         yield from ((path, pid) for path in _images_in(root / cam / entry.name, f"{cam}/{entry.name}", left))
 
+# %% ../../nbs/52_dataset_files.ipynb #3b453900
 def few(
     things,   # to name
     most=10,  # of them

@@ -229,7 +229,7 @@ def _check_sampling(ids, visible, infrared, rank, world):
     if ids % world:
         raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
 
-# %% ../../nbs/01_data.ipynb #5aeac6e5
+# %% ../../nbs/01_data.ipynb #ca17afae
 class IdentitySampler:
     "Batches of `ids` identities × (`visible` + `infrared` images); every identity equally often in an epoch."
     def __init__(
@@ -247,9 +247,9 @@ class IdentitySampler:
         self.pids = _with_both(records)
         if len(self.pids) < ids: raise UserError(f"{len(self.pids)} identities have both modalities, and a "
                                                  f"batch needs {ids}; give a smaller ids or more data")
-        self.images = [_Images(records, self.pids, m) for m in MODALITIES]
+        self.images = [(_Images(records, self.pids, m), n) for m, n in zip(MODALITIES, self.counts)]
         unit = ids // np.gcd(ids, len(self.pids))  # servings that fill whole batches
-        if repeats is None: units = max(1, round(max(i.count.mean() / n for i, n in self._both()) / unit))
+        if repeats is None: units = max(1, round(max(i.count.mean() / n for i, n in self.images) / unit))
         else: whole(1, repeats=repeats); units = -(-repeats // unit)
         self.repeats = int(unit * units)
 
@@ -268,5 +268,5 @@ class IdentitySampler:
         order = _identity_order(rng, len(self.pids), self.ids, self.repeats)           # (steps, ids)
         served, part = _served_before(order, self.repeats), self.ids // self.world
         mine = slice(self.rank * part, (self.rank + 1) * part)
-        rows = [i.serve(rng, order, served, n).reshape(len(order), self.ids, n) for i, n in self._both()]
+        rows = [i.serve(rng, order, served, n).reshape(len(order), self.ids, n) for i, n in self.images]
         return list(zip(*(r[:, mine].reshape(len(order), -1) for r in rows)))
