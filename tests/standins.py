@@ -59,8 +59,8 @@ def sysu_counts(permutations=None):
     `permutations`: official `rand_perm_cam.mat`, with `test_id.mat` and `train_id.mat` beside it; None: even counts."""
     if permutations is None: return counts_by_totals()
     from scipy.io import loadmat
-    cams, beside = [cam[0] for cam in loadmat(permutations)["rand_perm_cam"][:, 0]], Path(permutations).parent
-    counts = {(c, p): o[0].shape[1] for c, cam in enumerate(cams, 1) for p, o in enumerate(cam, 1) if o[0].shape[1]}
+    table, beside = loadmat(permutations)["rand_perm_cam"], Path(permutations).parent
+    counts = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1) for p, (o,) in enumerate(cam, 1) if o.shape[1]}
     splits = {s: read_ids(beside / f"{s}_id.mat") for s in ("train", "test")}
     seen = {m: {p for c, p in counts if SYSU_CAMERAS[c] == m} for m in MODALITIES}
     splits["val"] = sorted((seen["visible"] & seen["infrared"]) - set(splits["train"]) - set(splits["test"]))

@@ -55,7 +55,7 @@ def _gaps(t):
             else: gaps += [(cam, name(k)) for k in range(a + 1, b)]
     return gaps
 
-# %% ../../nbs/53_dataset_checker.ipynb #2626c142
+# %% ../../nbs/53_dataset_checker.ipynb #2ab8c9b3
 def _by_permutations(root, t, path):
     "Complain of folders with another number of images than the permutations have."
     from scipy.io import loadmat
@@ -63,7 +63,7 @@ def _by_permutations(root, t, path):
     except Exception as e:
         raise UserError(f"{path}: cannot be read as the official rand_perm_cam.mat ({e}); get it from "
                         "SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
-    wanted = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1) for p, (o,) in enumerate(cam[0], 1)}
+    wanted = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1) for p, (o,) in enumerate(cam, 1)}
     found = t.groupby(["cam", "pid"]).size().to_dict()
     for cam, pid in sorted({*wanted, *found}):
         n, want = found.get((cam, pid), 0), wanted.get((cam, pid), 0)

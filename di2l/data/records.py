@@ -229,7 +229,7 @@ def _check_sampling(ids, visible, infrared, rank, world):
     if ids % world:
         raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
 
-# %% ../../nbs/01_data.ipynb #ca17afae
+# %% ../../nbs/01_data.ipynb #7164c8e3
 class IdentitySampler:
     "Batches of `ids` identities × (`visible` + `infrared` images); every identity equally often in an epoch."
     def __init__(
@@ -253,7 +253,6 @@ class IdentitySampler:
         else: whole(1, repeats=repeats); units = -(-repeats // unit)
         self.repeats = int(unit * units)
 
-    def _both(self): return zip(self.images, self.counts)
     def __len__(self): return len(self.pids) * self.repeats // self.ids      # steps of an epoch
 
     def __repr__(self):
