@@ -23,8 +23,14 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from di2l import datasets, rca
+from di2l import rca
+from di2l.data.cache import cache_images, decode, in_parallel
+from di2l.data.checker import verify
+from di2l.data.records import read_regdb, read_sysu
 from machine import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from standins import write_standin
 
 
 def both(work):
@@ -59,31 +65,31 @@ def camera_images(folder, n, seed=0):
             lines.append(f"{path} {k}")
         (folder / "idx").mkdir(exist_ok=True)
         (folder / f"idx/{split}_{kind}_1.txt").write_text("\n".join(lines))
-    return datasets.read_regdb(folder)
+    return read_regdb(folder)
 
 
 def cache_build(top, n, rounds):
     "Building a cache over decoding and resizing alone, by the same threads: by the processor, and on the wall."
     data = camera_images(top / "crops", n)
     files = [str(data.root / p) for p in data.records.path]
-    def alone(): datasets.in_parallel(lambda i: datasets.decode(Path(files[i]).read_bytes(), (288, 144)), len(files), "")
-    def build(): shutil.rmtree(top / "cache", ignore_errors=True); datasets.cache_images(data, (288, 144), top / "cache")
+    def alone(): in_parallel(lambda i: decode(Path(files[i]).read_bytes(), (288, 144)), len(files), "")
+    def build(): shutil.rmtree(top / "cache", ignore_errors=True); cache_images(data, (288, 144), top / "cache")
     return ratios(build, alone, rounds)
 
 
 def batch(top, rounds):
     "The usual per-image pipeline in one process over ours, for 96 images of 288×144: from image files, and from arrays decoded before; ours with and without the memory of the batch before."
     data = camera_images(top / "batch", 96)
-    cache, paths = datasets.cache_images(data, (288, 144), top / "cache"), [data.root / p for p in data.records.path]
+    cache, paths = cache_images(data, (288, 144), top / "cache"), [data.root / p for p in data.records.path]
     pixels, which, generator, last = np.array(cache.images), np.arange(96), torch.Generator().manual_seed(0), {}
     usual = transforms.Compose([transforms.Pad(10), transforms.RandomCrop((288, 144)), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                 transforms.Normalize(rca.IMAGENET_MEAN, rca.IMAGENET_STD), transforms.RandomErasing(0.5)])
     def from_files(): return torch.stack([usual(Image.open(paths[i]).resize((144, 288), Image.Resampling.LANCZOS)) for i in which])
     def from_arrays(): return torch.stack([usual(Image.fromarray(pixels[i])) for i in which])
-    def fresh(): return rca.prepare(cache[which], generator)
+    def fresh(): return rca.augment(cache[which], generator)
     def ours():
         last["raw"] = cache.read(which, last.get("raw"))
-        last["batch"] = rca.prepare(last["raw"], generator, out=last.get("batch"))
+        last["batch"] = rca.augment(last["raw"], generator, out=last.get("batch"))
         return last["batch"]
     assert from_files().shape == from_arrays().shape == ours().shape == (96, 3, 288, 144)
     return dict(batch_from_files_over_ours=ratio(from_files, ours, rounds, 3), batch_from_arrays_over_ours=ratio(from_arrays, ours, rounds, 3),
@@ -104,17 +110,17 @@ def one_process(rounds):
 
 def records(top, permutations):
     "Seconds to read the records of SYSU-MM01's full tree, and to verify it, each by the processor and on the wall."
-    root = datasets.write_standin("sysu", top / "sysu", permutations)
+    root = write_standin("sysu", top / "sysu", permutations)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return root, len(datasets.read_sysu(root).records), np.min([both(lambda: datasets.read_sysu(root)) for _ in range(3)], axis=0).tolist(), both(lambda: datasets.verify("sysu", root))
+        return root, len(read_sysu(root).records), np.min([both(lambda: read_sysu(root)) for _ in range(3)], axis=0).tolist(), both(lambda: verify("sysu", root))
 
 
 MEMORY = """
 import sys, numpy as np
-from di2l import datasets
+from di2l.data.cache import ImageCache
 def peak(): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-cache = datasets.ImageCache(sys.argv[1], np.arange(int(sys.argv[2])))
+cache = ImageCache(sys.argv[1], np.arange(int(sys.argv[2])))
 cache[np.arange(64)]
 before = peak()
 for start in range(0, len(cache) - 96, 96): cache[np.arange(start, start + 96)]
@@ -131,15 +137,16 @@ if root == "-":
     step = engine()
     step(); step()
 else:
-    from di2l import train as T
-    T.train(T.config("paper-sysu", root=root, weights=None, device="cpu", steps=2), out, quiet=True)
+    from di2l.runs.config import config
+    from di2l.train import train
+    train(config("paper-sysu", root=root, weights=None, device="cpu", steps=2), out, quiet=True)
 print(next(int(line.split()[1]) / 1e6 for line in open("/proc/self/status") if line.startswith("VmHWM")))   # ru_maxrss would begin at the parent's
 """
 
 
 def training(top, root):
     "Gigabytes at the peak of two steps of the preset `paper-sysu`: on a dataset on disk, checkpoint and all, and of the same steps on 64 images in memory."
-    datasets.cache_images(datasets.read_sysu(root), (288, 144))
+    cache_images(read_sysu(root), (288, 144))
     def peak(*words): return float(subprocess.run([sys.executable, "-c", TRAINING, str(Path(__file__).parent), *words], capture_output=True, text=True, check=True).stdout.split()[-1])
     return peak(str(root), str(top / "run")), peak("-", "-")
 
@@ -147,12 +154,12 @@ def training(top, root):
 def evaluation(root, permutations):
     "Seconds of the four protocols of ten trials each, from features in memory."
     from di2l import eval as ev
-    data = datasets.read_sysu(root)
+    data = read_sysu(root)
     rng = np.random.default_rng(0)
     pid = data.records.pid.to_numpy()
     features = (rng.standard_normal((pid.max() + 1, 512))[pid] + 1.5 * rng.standard_normal((len(pid), 512))).astype(np.float32)
     return {f"{p.about['mode']} {p.about['shots']}-shot, {len(p.query)} x {len(p.galleries[0])}": round(seconds(lambda: ev.evaluate_protocol(features, data.records, p)), 1)
-            for p in datasets.protocols(data, permutations=permutations)}
+            for p in ev.protocols(data, permutations=permutations)}
 
 
 def memory(top, n):
