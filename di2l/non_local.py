@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/03_non_local.ipynb #75a1c0b0
+# %% ../nbs/03_non_local.ipynb #11b73ab7
 class NonLocal(nn.Module):
     "Eq. 2–3: embedded-Gaussian non-local block, the identity at initialisation."
     def __init__(self,
@@ -28,10 +28,11 @@ class NonLocal(nn.Module):
         x,  # map `(B,C,H,W)`
     ):      # map of the same shape
         "Eq. 3 at every position."
-        u, v, g = (conv(x).flatten(2).mT.float() for conv in (self.u, self.v, self.g))     # (B,N,inner), N = H·W
+        u, v, g = (conv(x).flatten(2).mT.float() for conv in (self.u, self.v, self.g))   # (B,N,inner)
         with torch.autocast(x.device.type, enabled=False):
             if self.keep_attention:
-                self.attention = (u @ v.mT).softmax(-1).detach()                           # (B,N,N), rows sum to 1
-            a = F.scaled_dot_product_attention(u[:, None], v[:, None], g[:, None], scale=1.0)[:, 0]   # (B,N,inner)
-        a = a.mT.unflatten(2, x.shape[2:]).to(x.dtype)                                     # (B,inner,H,W)
+                self.attention = (u @ v.mT).softmax(-1).detach()                    # (B,N,N), rows sum to 1
+            one_head = (t[:, None] for t in (u, v, g))                              # (B,1,N,inner), N = H·W
+            a = F.scaled_dot_product_attention(*one_head, scale=1.0)[:, 0]          # (B,N,inner)
+        a = a.mT.unflatten(2, x.shape[2:]).to(x.dtype)                              # (B,inner,H,W)
         return self.z(a).to(x.dtype) + x
