@@ -10,15 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/05_focal.ipynb #1cd72a5a
+# %% ../nbs/05_focal.ipynb #623ea2ff
 class FocalLoss(nn.Module):
-    "Eq. 5, the mean over images; γ = 0 is cross-entropy. After Lin et al., *Focal loss for dense object detection*, 2017."
+    "Eq. 5, the mean over images; γ = 0 is cross-entropy. After Lin et al., 2017."
     def __init__(self,
         gamma=2.0,  # focusing parameter γ ≥ 0
     ):
         super().__init__()
         if not gamma >= 0:
-            raise ValueError(f"γ = {gamma}: focal loss needs γ ≥ 0 (the paper's 'γ ≤ 0' is a misprint: its experiments use γ = 2)")
+            raise ValueError(f"γ = {gamma}: focal loss needs γ ≥ 0 (the paper's 'γ ≤ 0' is a misprint: "
+                             "its experiments use γ = 2)")
         self.gamma = gamma
 
     def forward(self,
@@ -28,6 +29,6 @@ class FocalLoss(nn.Module):
         "The loss, finite for any finite logits."
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if self.gamma == 0: return F.cross_entropy(logits, pids)
-        log_p = F.log_softmax(logits, dim=1).gather(1, pids[:, None])[:, 0]               # (N,)
-        wrong = -torch.expm1(log_p)                                                       # 1 − p, exact near p = 1
+        log_p = F.log_softmax(logits, dim=1).gather(1, pids[:, None])[:, 0]      # (N,)
+        wrong = -torch.expm1(log_p)                                              # 1 − p, exact near p = 1
         return -(wrong.clamp(min=torch.finfo(log_p.dtype).tiny) ** self.gamma * log_p).mean()

@@ -32,7 +32,7 @@ def _resnet10(width=32):
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
 
-# %% ../nbs/55_trunk.ipynb #b3a58777
+# %% ../nbs/55_trunk.ipynb #28e4feb1
 def _pretrained(name):
     "torchvision's network with its ImageNet weights, or a `UserError` that says how to get them."
     import torchvision
@@ -41,7 +41,7 @@ def _pretrained(name):
         folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise UserError(
             f"ImageNet weights of {name} could not be had ({type(e).__name__}: {e}). Connect this machine to "
-            f"the network once, or copy torchvision's file into {folder}, or train from scratch with weights=None"
+            f"the network once, or copy torchvision's file into {folder}, or train from scratch: weights=None"
         ) from None
 
 def build_trunk(

@@ -10,7 +10,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# %% ../nbs/06_wrt.ipynb #f06cc35a
+# %% ../nbs/06_wrt.ipynb #3aadaa42
+def _check_anchors(positive, same, pids):
+    "Eq. 6 needs a positive and a negative for every image."
+    if same.all():
+        raise ValueError(f"WRT: all {len(pids)} images of the batch have identity {pids[0].item()}, "
+                         "so none has a negative; draw at least 2 identities")
+    lonely = ~positive.any(1)
+    if lonely.any():
+        raise ValueError(f"WRT: identities {pids[lonely].tolist()} have a single image in the batch, "
+                         "so it has no positive; draw at least 2 images of each")
+
+# %% ../nbs/06_wrt.ipynb #6d7ca763
 class WRTLoss(nn.Module):
     "Eq. 6 on the features as they are given, the mean over images."
     def __init__(self,
@@ -25,19 +36,11 @@ class WRTLoss(nn.Module):
     ):             # scalar, float32 (float64 for float64 features)
         "The loss; `ValueError` names the identities of images without a positive or a negative."
         features = features if features.dtype == torch.float64 else features.float()
-        d = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")       # (N,N)
+        d = torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist")        # (N,N)
         same = pids[:, None] == pids[None]
         positive = same & ~torch.eye(len(pids), dtype=torch.bool, device=pids.device)
         _check_anchors(positive, same, pids)
-        p = (d.masked_fill(~positive, -torch.inf).softmax(1) * d).sum(1)       # (N,) the farthest positives weigh most
-        n = ((-d).masked_fill(same, -torch.inf).softmax(1) * d).sum(1)         # (N,) the nearest negatives weigh most
+        p = (d.masked_fill(~positive, -torch.inf).softmax(1) * d).sum(1)  # the farthest weigh most, (N,)
+        n = ((-d).masked_fill(same, -torch.inf).softmax(1) * d).sum(1)    # the nearest weigh most, (N,)
         x = p - n
         return F.softplus(x.abs() * x if self.squared else x).mean()           # |x|·x = sgn(x)·x²
-
-def _check_anchors(positive, same, pids):
-    "Eq. 6 needs a positive and a negative for every image."
-    if same.all():
-        raise ValueError(f"WRT: all {len(pids)} images of the batch have identity {pids[0].item()}, so none has a negative; draw at least 2 identities")
-    lonely = ~positive.any(1)
-    if lonely.any():
-        raise ValueError(f"WRT: identities {pids[lonely].tolist()} have a single image in the batch, so it has no positive; draw at least 2 images of each")
