@@ -21,7 +21,7 @@ from .focal import FocalLoss
 from .wrt import WRTLoss
 from .trunk import build_trunk
 
-# %% ../nbs/07_model.ipynb #e7c745a0
+# %% ../nbs/07_model.ipynb #90c12023
 def _width(stage):
     "Channels that come out of a stage."
     last = stage[-1]
@@ -38,7 +38,8 @@ class TwoStems(nn.Module):
         trunk, other = build_trunk(backbone, weights), build_trunk(backbone, weights)
         stems = (nn.Sequential(t.conv1, t.bn1, t.relu, t.maxpool) for t in (trunk, other))
         self.visible_stem, self.infrared_stem = stems
-        self.stage1, self.stage2, self.stage3, self.stage4 = trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4
+        self.stage1, self.stage2 = trunk.layer1, trunk.layer2
+        self.stage3, self.stage4 = trunk.layer3, trunk.layer4
         self.non_local2 = NonLocal(_width(self.stage2)) if non_local else nn.Identity()
         self.non_local3 = NonLocal(_width(self.stage3)) if non_local else nn.Identity()
 
@@ -53,7 +54,7 @@ class TwoStems(nn.Module):
         x = self.non_local2(self.stage2(self.stage1(torch.cat(x))))           # (B,C₂,H/8,W/8)
         return self.stage4(self.non_local3(self.stage3(x)))                   # (B,C₄,H/16,W/16)
 
-# %% ../nbs/07_model.ipynb #769577e7
+# %% ../nbs/07_model.ipynb #d30dff3a
 class DI2L(TwoStems):
     "Fig. 1: the two-stem network, DPA after stage 4, BN neck, classifier."
     def __init__(self,
@@ -86,18 +87,18 @@ class DI2L(TwoStems):
             return feature, after, self.classifier(after)
 
     def forward(self, visible=None, infrared=None):
-        "Training: features `(B,D)` and logits `(B,K)`; evaluation: unit features `(B,D)`; visible rows first."
+        "Training: features `(B,D)`, logits `(B,K)`; evaluation: unit features `(B,D)`; visible rows first."
         feature, after, logits = self.embed(visible, infrared)
         if self.training: return feature, logits
         return F.normalize(feature if self.retrieve == "pooled" else after)
 
-# %% ../nbs/07_model.ipynb #3baaa188
+# %% ../nbs/07_model.ipynb #81096d2d
 def trace_shapes(
     net,              # a `DI2L`
     size=(288, 144),  # image height and width, pixels
 ):                    # {module's name: shape of its output for one image (C,H,W) or (D,)}
     "Shape that every part of the network puts out, found by running it."
-    net, shapes = deepcopy(net).train(), {}                  # a copy: running it must not touch the statistics
+    net, shapes = deepcopy(net).train(), {}            # a copy: running it must not touch the statistics
     def note(name): return lambda module, inputs, output: shapes.__setitem__(name, tuple(output.shape[1:]))
     for name, module in net.named_children():
         if not isinstance(module, nn.Identity): module.register_forward_hook(note(name))
@@ -105,7 +106,7 @@ def trace_shapes(
     with torch.no_grad(): net(visible=image, infrared=image)
     return shapes
 
-# %% ../nbs/07_model.ipynb #c82f6068
+# %% ../nbs/07_model.ipynb #a4b32234
 @dataclass(frozen=True)
 class Method:
     "A row of Table 1. Subclasses are dataclasses whose fields are the method's settings."
@@ -113,7 +114,7 @@ class Method:
 
     def network(self,
         num_ids,  # K
-    ):            # module: `net(visible=, infrared=)` → (features, logits), or in evaluation retrieval features
+    ):            # module: `net(visible=, infrared=)` → (features, logits); in evaluation, features
         """The method's network. Where it also has `embed(visible=, infrared=)` → (feature, feature after the
         neck, logits), records hold the training images' confidence too."""
         raise NotImplementedError
@@ -146,7 +147,7 @@ def _check_numbers(method):
         if value is not None and not 0 < value < 1e6:
             raise UserError(f"{name} = {value!r}: expected a number above 0")
 
-# %% ../nbs/07_model.ipynb #3913a0e2
+# %% ../nbs/07_model.ipynb #b4251b81
 @dataclass(frozen=True)
 class DI2LMethod(Method):
     "The paper's method; every switch of its ablation is a field."
@@ -178,23 +179,24 @@ class DI2LMethod(Method):
 
     def augment(self, visible, infrared, generator=None, out=None):
         if self.rca: visible = torch.cat([visible, channel_augment(visible, generator=generator)])
-        return {name: augment(images, generator, self.flip, self.crop, self.erase, self.pad, out and out[name])
-                for name, images in dict(visible=visible, infrared=infrared).items()}
+        how = (generator, self.flip, self.crop, self.erase, self.pad)
+        return dict(visible=augment(visible, *how, out and out["visible"]),
+                    infrared=augment(infrared, *how, out and out["infrared"]))
 
     def losses(self, features, logits, pids):
         if self.wrt_scale is not None: features = self.wrt_scale * F.normalize(features.float())
         return dict(focal=FocalLoss(self.gamma)(logits, pids), wrt=WRTLoss(self.squared)(features, pids))
 
-# %% ../nbs/07_model.ipynb #b675678c
+# %% ../nbs/07_model.ipynb #077f1df9
 @dataclass(frozen=True)
 class CAJMethod(DI2LMethod):
-    "The paper's baseline (Ye et al., *Channel augmented joint learning*, 2021): no part attention, cross-entropy."
+    "The paper's baseline, CAJ (Ye et al., 2021): no part attention, cross-entropy."
     dpa: bool = False
     gamma: float = 0.0
 
 @dataclass(frozen=True)
 class AGWMethod(CAJMethod):
-    "Ye et al., *Deep learning for person re-identification*, 2020/2021: CAJ's network without RCA, φ(x) = x."
+    "AGW (Ye et al., 2020): CAJ's network without RCA, φ(x) = x."
     rca: bool = False
     squared: bool = False
 
