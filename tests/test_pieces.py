@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from di2l.datasets import UserError
-from di2l.dpa import DPA, stripe_pool
+from di2l.console import UserError
+from di2l.dpa import DPA, READINGS, stripe_pool
 from di2l.focal import FocalLoss
-from di2l.model import DI2L, METHODS, AGWMethod, CAJMethod, DI2LMethod, build_trunk
+from di2l.model import DI2L, METHODS, AGWMethod, CAJMethod, DI2LMethod
 from di2l.non_local import NonLocal
-from di2l.rca import IMAGENET_MEAN, IMAGENET_STD, augment, channel_augment, normalise, prepare, random_crop, random_erase, random_flip
+from di2l.rca import IMAGENET_MEAN, IMAGENET_STD, augment, channel_augment, normalise
+from di2l.trunk import build_trunk
 from di2l.wrt import WRTLoss
 
 seeds = st.integers(0, 2**31)
@@ -47,42 +48,54 @@ def test_rca_draws_uniformly_and_for_each_image():
 
 
 def naive_augment(x, seed, flip, crop, erase, pad):
-    "The same draws, applied to one image and one pixel at a time."
+    "The same draws, applied to one image and one pixel at a time, then normalised; float64."
     B, _, H, W = x.shape
     g = generator(seed)
     flips = torch.rand(B, generator=g) < flip
     shift = torch.randint(-pad, pad + 1, (2, B, 1), generator=g)[..., 0]
     crops = torch.rand(B, generator=g) < crop
     erases, draw = torch.rand(B, generator=g) < erase, torch.rand(4, B, generator=g)
+    mean, std = (np.array(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     out = np.empty((B, 3, H, W))
     for i in range(B):
         image = x[i].numpy() / 255.0
         if flips[i]:
             image = image[:, :, ::-1]
         dy, dx = (int(v) if crops[i] else 0 for v in shift[:, i])
-        image = np.array([[[image[c, min(max(r + dy, 0), H - 1), min(max(k + dx, 0), W - 1)] for k in range(W)] for r in range(H)] for c in range(3)])
+        rows = [min(max(r + dy, 0), H - 1) for r in range(H)]
+        columns = [min(max(k + dx, 0), W - 1) for k in range(W)]
+        image = image[:, rows][:, :, columns].copy()
         if erases[i]:
             share, ratio = 0.02 + 0.38 * draw[0, i], 0.3 * (3.3 / 0.3) ** draw[1, i]
             h = int(min(max(torch.round(torch.sqrt(share * H * W * ratio)), 1), H))
             w = int(min(max(torch.round(torch.sqrt(share * H * W / ratio)), 1), W))
             top, left = int(draw[2, i] * (H - h + 1)), int(draw[3, i] * (W - w + 1))
-            image[:, top : top + h, left : left + w] = np.array(IMAGENET_MEAN)[:, None, None]
-        out[i] = image
+            image[:, top : top + h, left : left + w] = mean
+        out[i] = (image - mean) / std
     return out
 
 
-@settings(max_examples=40)
-@given(seeds, st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0]), st.integers(1, 4))
-def test_augmentation_equals_a_loop_over_pixels(seed, flip, crop, erase, pad):
-    x = pixels(3, 12, 7, seed)
-    ours = augment(x, generator(seed), flip, crop, erase, pad)
-    np.testing.assert_allclose(ours.numpy(), naive_augment(x, seed, flip, crop, erase, pad), atol=1e-6)
+probabilities = st.sampled_from([0.0, 0.5, 1.0])
 
 
-def test_erased_pixels_are_exactly_zero_after_normalisation():
-    x = torch.full((64, 3, 20, 10), 0.9)
-    y = normalise(random_erase(x, p=1.0, generator=generator(0)))
-    erased = (y == 0).all(1)
+@settings(max_examples=80)
+@given(seeds, st.integers(2, 5), st.integers(2, 40), st.integers(2, 20), st.integers(0, 25), *[probabilities] * 3, st.booleans())
+def test_augmentation_equals_a_loop_over_images(seed, B, H, W, pad, flip, crop, erase, last):
+    "Channels last in memory or first; into fresh memory or into an earlier batch's."
+    x = pixels(B, H, W, seed)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    expected = naive_augment(x, seed, flip, crop, erase, pad)
+    fresh = augment(x, generator(seed), flip, crop, erase, pad)
+    again = augment(x, generator(seed), flip, crop, erase, pad, out=torch.full_like(fresh, float("nan")))
+    assert torch.equal(fresh, again)
+    np.testing.assert_allclose(fresh.numpy(), expected, atol=2e-6)
+    assert fresh.dtype == torch.float32 and fresh.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_erased_pixels_are_exactly_zero():
+    x = torch.full((64, 3, 20, 10), 230, dtype=torch.uint8)
+    erased = (augment(x, generator(0), flip=0.0, crop=0.0, erase=1.0) == 0).all(1)
     assert erased.flatten(1).any(1).all() and not erased.flatten(1).all(1).any()
     assert torch.equal(normalise(torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)), torch.zeros(1, 3, 1, 1))
 
@@ -94,11 +107,18 @@ def test_normalise_is_torchvisions():
     assert torch.allclose(normalise(x), normalize(x, IMAGENET_MEAN, IMAGENET_STD))
 
 
-@pytest.mark.parametrize("step", [random_flip, random_crop, random_erase])
+@pytest.mark.parametrize("step", ["flip", "crop", "erase"])
 def test_each_image_draws_its_own(step):
-    x = torch.rand(1, 3, 24, 12, generator=generator(0)).expand(200, -1, -1, -1)
-    changed = (step(x, generator=generator(1)) != x).flatten(1).any(1).float().mean()
-    assert 0.35 < changed < 0.6
+    x, off = pixels(1, 24, 12, 0).expand(200, -1, -1, -1), dict(flip=0.0, crop=0.0, erase=0.0)
+    changed = augment(x, generator(1), **{**off, step: 0.5}) != augment(x, **off)
+    assert 0.35 < changed.flatten(1).any(1).float().mean() < 0.6
+
+
+def test_no_step_without_its_probability():
+    "All off is normalising alone; a flip that always comes is a mirror."
+    x, off = pixels(8, 24, 12, 0), dict(flip=0.0, crop=0.0, erase=0.0)
+    assert torch.allclose(augment(x, generator(1), **off), normalise(x / 255.0), atol=2e-6)
+    assert torch.equal(augment(x, generator(1), **{**off, "flip": 1.0}), augment(x, generator(1), **off).flip(3))
 
 
 # ---------------------------------------------------------------- Eq. 2–3
@@ -123,7 +143,7 @@ def test_non_local_equals_the_equation_in_float64(seed, C, H, W, scale):
 
 
 @settings(max_examples=30)
-@given(seeds, st.sampled_from(["pooled-residual", "part-residual", "weighted-sum", "diagonal"]), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1.0, 3.0]))
+@given(seeds, st.sampled_from(READINGS), st.sampled_from([1, 2, 3, 6]), st.sampled_from([1.0, 3.0]))
 def test_dpa_equals_its_reading_in_float64(seed, reading, P, q):
     torch.manual_seed(seed)
     dpa, x = DPA(5, P, reading, q=q).eval(), torch.rand(3, 5, 6, 4)
@@ -138,11 +158,12 @@ def test_dpa_equals_its_reading_in_float64(seed, reading, P, q):
         alpha = np.array([[math.exp((u @ a) @ (v @ b)) for b in parts] for a in parts])
         alpha /= alpha.sum(1, keepdims=True)
         mixed = [sum(alpha[i, j] * (z @ parts[j]) for j in range(P)) for i in range(P)]
-        expected = dict(
-            literal=lambda: np.mean([alpha[i, i] * (z @ parts[i]) for i in range(P)], 0),
-            sum=lambda: np.mean(mixed, 0),
-            residual=lambda: np.mean([parts[i] + scale * mixed[i] for i in range(P)], 0),
-        ).get(reading, lambda: pool(image) + scale * np.mean(mixed, 0))()
+        expected = {
+            "diagonal": lambda: np.mean([alpha[i, i] * (z @ parts[i]) for i in range(P)], 0),
+            "weighted-sum": lambda: np.mean(mixed, 0),
+            "part-residual": lambda: np.mean([parts[i] + scale * mixed[i] for i in range(P)], 0),
+            "pooled-residual": lambda: pool(image) + scale * np.mean(mixed, 0),
+        }[reading]()
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -327,13 +348,8 @@ def test_pretrained_weights_are_used(monkeypatch):
     assert torch.equal(net.stage3[0].conv1.weight, given_weights.layer3[0].conv1.weight)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(2, 5), st.integers(2, 40), st.integers(2, 20), st.integers(0, 25), *[st.sampled_from([0.0, 0.5, 1.0])] * 3, st.integers(0, 2**31), st.booleans())
-def test_prepare_is_normalise_of_augment(B, H, W, pad, flip, crop, erase, seed, last):
-    "Image by image or all at once; channels last in memory or first; into fresh memory or into an earlier batch's."
-    images = torch.randint(256, (B, 3, H, W), dtype=torch.uint8, generator=generator(seed))
-    if last: images = images.contiguous(memory_format=torch.channels_last)
-    expected = normalise(augment(images, generator(seed), flip, crop, erase, pad))
-    fresh = prepare(images, generator(seed), flip, crop, erase, pad)
-    again = prepare(images, generator(seed), flip, crop, erase, pad, out=torch.full_like(fresh, float("nan")))
-    assert torch.equal(fresh, again) and torch.allclose(fresh, expected, atol=2e-6) and torch.equal(fresh == 0, expected == 0)
+def test_names_that_do_not_exist():
+    with pytest.raises(UserError, match="resnet50"):
+        DI2L(5, backbone="vgg")
+    with pytest.raises(UserError, match="did you mean 'diagonal'"):
+        DPA(8, reading="diagonale")
