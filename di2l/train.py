@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'shares', 'Batches', 'gather_rows', 'learning_rate', 'make_optimiser', 'data_digest', 'Run', 'describe',
            'write_results', 'train']
 
-# %% ../nbs/08_train.ipynb #a9d8f9de
+# %% ../nbs/08_train.ipynb #222d5cf2
 import json, math, random, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .console import UserError, progress
+from .console import UserError, between, progress
 from .data.cache import cache_images
 from .data.records import IdentitySampler, class_labels, hold_out, read_dataset
 from .files import locked, sha256, versions, write_whole
@@ -24,8 +24,8 @@ from .runs.config import config_changes, show_config
 from .runs.folder import checkpoints, holds_it, load_checkpoint, pack, remove_unfinished, save_checkpoint
 from .runs.log import Curves, Log, read_log
 from .runs.process import (
-    Interrupted, NonFinite, Signals, choose_precision, draws, fix_arithmetic, keep_freed_memory, make_accelerator,
-    peak_memory, random_states, recompute_blocks, set_random_states, uses_gpu)
+    Interrupted, NonFinite, Signals, choose_precision, draws, fix_arithmetic, keep_freed_memory,
+    make_accelerator, peak_memory, random_states, recompute_blocks, set_random_states, uses_gpu)
 
 # %% ../nbs/08_train.ipynb #7d417d69
 def shares(
@@ -39,14 +39,7 @@ def shares(
     i = torch.arange(infrared).view(world, -1)
     return list(zip(v, i)), torch.cat([v, views * visible + i], 1).flatten().argsort()
 
-# %% ../nbs/08_train.ipynb #ef3b562d
-def _labels(dataset, device):
-    "Class of every record `(N,)`, −1 where it is not for training, and the number of classes."
-    codes = class_labels(dataset.train)
-    labels = np.full(len(dataset.records), -1)
-    labels[dataset.train.index] = [codes[p] for p in dataset.train.pid]
-    return torch.from_numpy(labels).to(device), len(codes)
-
+# %% ../nbs/08_train.ipynb #bed250cb
 def _image_source(cache, device):
     "(Rows, images of an earlier batch) → uint8 images `(B,3,H,W)` on the device."
     if device.type == "cpu": return cache.read
@@ -55,7 +48,7 @@ def _image_source(cache, device):
     resident = torch.from_numpy(np.array(cache.images)).to(device).permute(0, 3, 1, 2)
     return lambda rows, last: resident[rows]
 
-# %% ../nbs/08_train.ipynb #fd4bb089
+# %% ../nbs/08_train.ipynb #6a03a6f0
 class Batches:
     "Batch `(epoch, batch)`: this process's images and the whole batch's identities."
     def __init__(self,
@@ -68,23 +61,23 @@ class Batches:
         world=1,      # processes
         reuse=False,  # write each batch over the one before it: fresh memory has to be cleared first
     ):
-        todo = f"take a multiple of {world}"
-        if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; {todo}")
+        if c.ids % world:
+            raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple of {world}")
         self.sampler = IdentitySampler(dataset.train, c.ids, c.visible, c.infrared, seed=c.seed)
-        if (n := len(self.sampler)) < c.accumulate:
-            raise UserError(f"accumulate = {c.accumulate}, but an epoch has {n} batches; take at most that")
+        between(1, len(self.sampler), accumulate=c.accumulate)                # batches of an epoch
         self.c, self.method, self.device, self.reuse = c, method, device, reuse
-        self.labels, self.num_ids = _labels(dataset, device)
-        self.images, self.raw, self.last, self.epoch = _image_source(cache, device), [None, None], None, None
+        codes = class_labels(dataset.train)
+        self.labels = torch.tensor([codes.get(p, -1) for p in dataset.records.pid], device=device)
+        self.images, self.num_ids, self.epoch = _image_source(cache, device), len(codes), None
+        self.raw, self.last = [None, None], None                              # of the batch before
         rows, order = shares(method.visible_views, c.ids * c.visible, c.ids * c.infrared, world)
-        alone = world == 1
-        self.mine, self.order = (None, None) if alone else ([r.to(device) for r in rows[rank]], order.to(device))
+        self.mine, self.order = ([r.to(device) for r in rows[rank]], order.to(device)) if world > 1 else [None] * 2
 
     def rows(self, epoch):
         "The epoch's row numbers, visible and infrared `(batches, images)`, sent to the device once."
         if self.epoch != epoch:
-            plan = [np.stack(rows) for rows in zip(*self.sampler.epoch(epoch))]
-            self.plan, self.epoch = [torch.from_numpy(rows).long().to(self.device) for rows in plan], epoch
+            plan = [torch.from_numpy(np.stack(rows)).long() for rows in zip(*self.sampler.epoch(epoch))]
+            self.plan, self.epoch = [rows.to(self.device) for rows in plan], epoch
         return self.plan
 
     def __call__(self, epoch, batch):
@@ -208,7 +201,7 @@ class _Steps(_Learner):
         if self.c.clip: torch.nn.utils.clip_grads_with_norm_(parameters, self.c.clip, norm)
         return norm
 
-# %% ../nbs/08_train.ipynb #1584c8cd
+# %% ../nbs/08_train.ipynb #648af591
 class _Watched(_Steps):
     "Steps whose scalars are read, and have to be finite."
     out = Path(".")   # run folder
@@ -237,11 +230,11 @@ class _Watched(_Steps):
         note = self.out / "nonfinite.json"
         about = dict(row, what=what, visible_rows=visible, infrared_rows=infrared)
         if self.rank == 0: write_whole(note, json.dumps(about, indent=1))
-        raise NonFinite(f"step {row['step']}: {what} is not finite. The batch's row numbers are in {note}; the last "
-                        f"checkpoint is untouched. Try a lower lr (now {row['lr']:.3g}), clip=1, or precision=fp32 "
-                        f"(now {self.precision})")
+        raise NonFinite(f"step {row['step']}: {what} is not finite. The batch's row numbers are in {note}; "
+                        f"the last checkpoint is untouched. Try a lower lr (now {row['lr']:.3g}), clip=1, or "
+                        f"precision=fp32 (now {self.precision})")
 
-# %% ../nbs/08_train.ipynb #1ef29d90
+# %% ../nbs/08_train.ipynb #06194f11
 def data_digest(
     dataset,  # `Dataset`
     cache,    # its `ImageCache`
@@ -249,8 +242,9 @@ def data_digest(
     "A short name for the data: the table of records and 64 of the images."
     rows = np.linspace(0, len(cache.images) - 1, 64).astype(int)
     table = dataset.records.to_csv(index=False).encode()
-    return sha256(b"".join([table, *(np.ascontiguousarray(cache.images[row]).tobytes() for row in rows)]))[:16]
+    return sha256(table + b"".join(np.asarray(cache.images[row]).tobytes() for row in rows))[:16]
 
+# %% ../nbs/08_train.ipynb #327cc1fc
 def _surroundings(run):
     "What may change between two processes of a run, and with it the last bits."
     return dict(processes=run.world, threads=torch.get_num_threads(), **versions())
@@ -266,9 +260,9 @@ class _Saved(_Watched):
         if self.rank: return
         (epoch, position), scaler = divmod(self.step, self.per_epoch), self.accelerator.scaler
         state = dict(step=self.step, epoch=epoch, position=position, lr=self.optimiser.param_groups[0]["lr"],
-                     seconds=self.seconds, optimiser=self.optimiser.state_dict(), random=random,
-                     scaler=scaler.state_dict() if scaler else {}, config=asdict(self.c), log=self.log.length(),
-                     precision=self.precision, data_digest=self.data_digest, versions=_surroundings(self),
+                     optimiser=self.optimiser.state_dict(), scaler=scaler.state_dict() if scaler else {},
+                     random=random, config=asdict(self.c), precision=self.precision, seconds=self.seconds,
+                     data_digest=self.data_digest, versions=_surroundings(self), log=self.log.length(),
                      resumed_with=self.resumed_with)
         save_checkpoint(self.out / "checkpoints", self.step, self.network.state_dict(), state)
 
@@ -301,7 +295,7 @@ class _Resumed(_Saved):
             warnings.warn(f"{self.out} goes on after step {self.step} with {what}: the last bits may differ")
         return True
 
-# %% ../nbs/08_train.ipynb #83afb50b
+# %% ../nbs/08_train.ipynb #681155f8
 class _Fitted(_Resumed):
     "All steps, with what a person sees of them."
     def fit(self):
@@ -320,8 +314,8 @@ class _Fitted(_Resumed):
                 stop = self._any(signals.caught)
                 if due or stop: self.save()
                 if stop:
-                    raise Interrupted(stop, f"stopped after step {self.step} of {self.total}, saved in {self.out}; "
-                                            "--resume goes on from there")
+                    raise Interrupted(stop, f"stopped after step {self.step} of {self.total}, saved in "
+                                            f"{self.out}; --resume goes on from there")
         if self.rank == 0: curves.update(final=True)
 
     def _show(self, rows, bar, curves, speed):
@@ -334,9 +328,8 @@ class _Fitted(_Resumed):
 
     def _any(self, caught):
         "The signal that any process caught, or None."
-        if self.world == 1: return caught
-        number = torch.tensor(float(caught is not None), device=self.device)
-        return "SIGTERM" if self.accelerator.reduce(number, "sum").item() else None
+        from accelerate.utils import gather_object
+        return next((name for name in gather_object([caught]) if name), None)
 
 # %% ../nbs/08_train.ipynb #bc17365b
 class Run(_Fitted):
@@ -355,7 +348,7 @@ class Run(_Fitted):
         super().__init__(c, method, batches, a)
         self.dataset, self.data_digest, self.out = dataset, data_digest(dataset, cache), Path(out)
 
-# %% ../nbs/08_train.ipynb #efe40aff
+# %% ../nbs/08_train.ipynb #674ab94d
 def describe(
     run,  # `Run`
 ):        # dict
@@ -365,7 +358,8 @@ def describe(
     device = torch.cuda.get_device_name(run.device) if gpu else f"CPU, {threads} thread{'s' * (threads > 1)}"
     return dict(config=asdict(c), method=dict(name=c.method, **c.settings), num_ids=run.batches.num_ids,
                 dataset=dict(name=c.dataset, root=c.root, trial=c.trial, digest=run.data_digest),
-                versions=versions(), device=device, precision=run.precision, processes=run.world, steps=run.total)
+                versions=versions(), device=device, precision=run.precision, processes=run.world,
+                steps=run.total)
 
 def write_results(
     run,  # `Run`, all steps done
@@ -381,18 +375,19 @@ def write_results(
     write_whole(run.out / "model.safetensors", weights)
     write_whole(run.out / "summary.json", json.dumps(found, indent=1))
 
-# %% ../nbs/08_train.ipynb #95ba84d6
+# %% ../nbs/08_train.ipynb #203902c5
 def _begin(run, resume, say):
     "Go to the first step that is left, and say what is going to happen."
     resumed, about = resume and run.load(), describe(run)
     say(show_config(run.c))
-    say(f"{about['device']} · {run.precision} · {run.world} process{'es' * (run.world > 1)} · {about['num_ids']} "
-        f"identities · {run.total} steps in epochs of {run.per_epoch}" + f" · resumed after step {run.step}" * resumed)
+    say(f"{about['device']} · {run.precision} · {run.world} process{'es' * (run.world > 1)} · "
+        f"{about['num_ids']} identities · {run.total} steps in epochs of {run.per_epoch}"
+        + f" · resumed after step {run.step}" * resumed)
     if run.rank: return
     run.log = Log(run.out, run.kept, run.step, run.c.log == "tensorboard")
     write_whole(run.out / "config.json", json.dumps(about, indent=1))
 
-# %% ../nbs/08_train.ipynb #029f7667
+# %% ../nbs/08_train.ipynb #cf8d30c8
 def _train(run, resume, say):
     "Train in a folder that is ours."
     try:
@@ -403,14 +398,15 @@ def _train(run, resume, say):
             f"config.json, summary.json. Next: di2l_eval --run {run.out}")
         run.accelerator.wait_for_everyone()
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is too small for this batch; take checkpointing=True, precision=bf16, "
-                        "or fewer ids") from None
+        raise UserError("the GPU's memory is too small for this batch; take checkpointing=True, fewer ids, "
+                        "or precision=bf16") from None
     except OSError as e:
         kept = [f"{p.name} is intact" for p in checkpoints(run.out / "checkpoints")]
         last = kept[-1] if kept else "there was no checkpoint yet"
         raise UserError(f"step {run.step}: {run.out} cannot be written ({e}); {last}. "
                         "Make room, then go on with --resume") from None
 
+# %% ../nbs/08_train.ipynb #34cb8266
 def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
@@ -421,7 +417,7 @@ def train(
     out = Path(out).expanduser()
     if holds_it(out, config, resume): return out
     try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"the run folder {out} cannot be made ({e}); choose another") from None
+    except OSError as e: raise UserError(f"{out}: the folder cannot be made ({e}); choose another") from None
     try:
         run, busy = Run(config, out), "is being trained into by another process"
         with locked(out / ".lock", wait=False, busy=busy) if run.rank == 0 else nullcontext():

@@ -64,7 +64,10 @@ PRESETS = {
     ),
 }
 
-# %% ../../nbs/56_config.ipynb #5bd456ae
+# %% ../../nbs/56_config.ipynb #d0251d3d
+_CHOICES = dict(dataset="sysu regdb llcm", optimiser="sgd adamw", schedule="steps cosine",
+                device="auto cpu cuda", precision="auto fp32 bf16 fp16", log="csv tensorboard")
+
 def _need(c, names, ok, what):
     "A `UserError` for the first field whose value is not `ok`."
     for name in names.split():
@@ -74,9 +77,7 @@ def check_config(
     c,  # `Config`
 ):      # the same
     "Refuse what cannot be meant."
-    for name, names in dict(dataset="sysu regdb llcm", optimiser="sgd adamw", schedule="steps cosine",
-                            device="auto cpu cuda", precision="auto fp32 bf16 fp16", log="csv tensorboard").items():
-        one_of(names.split(), **{name: getattr(c, name)})
+    for name, names in _CHOICES.items(): one_of(names.split(), **{name: getattr(c, name)})
     _need(c, "visible infrared accumulate trial", lambda v: v >= 1, "expected 1 or more")
     _need(c, "steps warmup clip save_every seed momentum weight_decay", lambda v: 0 <= v < 2**63,
           "expected 0 or more, under 2⁶³")
@@ -84,21 +85,22 @@ def check_config(
     _need(c, "ids", lambda v: v >= 2, "expected 2 or more, a triplet needs another identity")
     _need(c, "trial", lambda v: v == 1 or c.dataset == "regdb", f"only regdb has trials, not {c.dataset}")
     _need(c, "epochs", lambda v: v >= 1 or c.steps, "expected 1 or more, or a number of `steps`")
-    _need(c, "compile", lambda v: not (v and c.checkpointing), "PyTorch cannot compile a network that recomputes "
-          "its blocks (checkpointing = True); take one of the two")
-    _need(c, "size", lambda v: len(v) == 2 and min(v) >= 16, "expected height and width, 16 pixels or more each, "
-          "such as 288x144")
+    _need(c, "compile", lambda v: not (v and c.checkpointing),
+          "PyTorch cannot compile a network that recomputes its blocks (checkpointing); take one of the two")
+    _need(c, "size", lambda v: len(v) == 2 and min(v) >= 16,
+          "expected height and width, 16 pixels or more each, such as 288x144")
     return c
 
-# %% ../../nbs/56_config.ipynb #896f6d58
-_IDLE = dict(momentum=("optimiser", "adamw"), milestones=("schedule", "cosine"),   # option: (another, where it idles)
+# %% ../../nbs/56_config.ipynb #d3d1e94f
+# option: (another, the value of it that makes the option do nothing)
+_IDLE = dict(momentum=("optimiser", "adamw"), milestones=("schedule", "cosine"),
              parts=("dpa", False), reading=("dpa", False), pad=("crop", 0))
 
 def _flat(values):
     "The engine's fields and the method's in one dict."
     settings = values.get("settings", {})
     if not isinstance(settings, dict):
-        raise UserError(f"settings = {settings!r}: give each of the method's settings by its own name, as gamma=1")
+        raise UserError(f"settings = {settings!r}: give each setting by its own name, as gamma=1")
     return {**{n: v for n, v in values.items() if n != "settings"}, **settings}
 
 def _must_matter(changes, found, defaults):

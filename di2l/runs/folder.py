@@ -58,7 +58,7 @@ def save_checkpoint(
         raise
     return final
 
-# %% ../../nbs/57_run_folder.ipynb #b40657df
+# %% ../../nbs/57_run_folder.ipynb #51f5c17a
 def _open(path):
     "Weights and state of one checkpoint; `ValueError` if a byte is wrong."
     from safetensors.torch import load
@@ -77,7 +77,7 @@ def load_checkpoint(
         try: return _open(path)
         except (OSError, ValueError) as e:
             warnings.warn(f"{path} cannot be used ({e}); trying the one before it")
-    if paths: raise UserError(f"{folder}: none of {len(paths)} checkpoints is whole; begin again in another folder")
+    if paths: raise UserError(f"{folder}: no checkpoint of {len(paths)} is whole; train in another folder")
 
 # %% ../../nbs/57_run_folder.ipynb #8de3199b
 def remove_unfinished(
@@ -122,7 +122,7 @@ def _weights(run):
     if wanted in (None, sha256(data)): return found
     raise UserError(f"{path}: is not the file that summary.json was written for (another SHA-256); {_AGAIN}")
 
-# %% ../../nbs/57_run_folder.ipynb #851a4713
+# %% ../../nbs/57_run_folder.ipynb #cd10e7fa
 def load_network(
     run,  # folder of a finished run
 ):        # network in evaluation mode on the CPU, and what `config.json` holds
@@ -141,8 +141,8 @@ def load_network(
     odd = sorted(own.keys() ^ state.keys())
     odd += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if odd:
-        raise UserError(f"{run}/model.safetensors is of another architecture than its config.json: {len(odd)} "
-                        f"tensors differ, first {odd[0]}; restore the run's own pair of files")
+        raise UserError(f"{run}/model.safetensors is of another architecture than its config.json: "
+                        f"{len(odd)} tensors differ, first {odd[0]}; restore the run's own pair of files")
     net.load_state_dict(state)
     return net.eval(), info
 
