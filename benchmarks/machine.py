@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from di2l.train import versions
+from di2l.files import versions
 
 
 def machine():

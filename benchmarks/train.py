@@ -111,7 +111,7 @@ def public(ids, folder):
 def fake_data(identities, each, size):
     "Records, and a cache of one random image for every 64 records."
     import pandas as pd
-    from di2l.datasets import Dataset
+    from di2l.data.records import Dataset
     n = identities * 2 * each
     records = pd.DataFrame(dict(path=[""] * n, pid=np.repeat(np.arange(identities), 2 * each), cam=1, modality=np.tile(np.repeat(["visible", "infrared"], each), identities), split="train", frame=1))
     few = np.random.default_rng(0).integers(0, 256, (64, *size, 3), dtype=np.uint8)
@@ -123,12 +123,13 @@ def fake_data(identities, each, size):
 
 def engine(ids=8, identities=K, each=4, preset="paper-sysu", **changes):
     "A `Run` of the preset on images in memory."
-    from di2l import datasets, train as T
-    dataset, cache = fake_data(identities, each, T.config(preset).size)
-    read, keep, mark = datasets.read_dataset, datasets.cache_images, T.fingerprint
-    datasets.read_dataset, datasets.cache_images, T.fingerprint = lambda *a, **k: dataset, lambda *a, **k: cache, lambda *a: ""
-    try: run = T.Run(T.config(preset, ids=ids, device="cpu", **({"weights": None} | changes)), "unused")
-    finally: datasets.read_dataset, datasets.cache_images, T.fingerprint = read, keep, mark
+    from unittest import mock
+    from di2l import train as T
+    from di2l.runs.config import config
+    dataset, cache = fake_data(identities, each, config(preset).size)
+    given = dict(read_dataset=lambda *a, **k: dataset, cache_images=lambda *a, **k: cache, data_digest=lambda *a: "")
+    with mock.patch.multiple(T, **given):
+        run = T.Run(config(preset, ids=ids, device="cpu", **({"weights": None} | changes)), "unused")
     def step():
         run.one_step()
         return run.read()[0]["loss"]
@@ -224,12 +225,13 @@ def quick_section(repeat):
 def curve_section(steps=50):
     "50 steps of the quick preset on the smallest embedded benchmark: float32, bf16, and float32 with other seeds of the initial weights."
     from di2l import train as T
-    from di2l.synthetic import write_benchmark
+    from di2l.runs.config import config
+    from di2l.synthetic.benchmark import write_benchmark
     losses = {}
     with tempfile.TemporaryDirectory() as folder:
         write_benchmark(f"{folder}/tiny", preset="tiny")
         for name, changes in dict(fp32={}, bf16=dict(precision="bf16"), **{f"seed {s}": dict(seed=s) for s in (1, 2, 3)}).items():
-            run = T.Run(T.config("quick", root=f"{folder}/tiny", device="cpu", steps=600, **{"precision": "fp32", **changes}), "unused")
+            run = T.Run(config("quick", root=f"{folder}/tiny", device="cpu", steps=600, **{"precision": "fp32", **changes}), "unused")
             losses[name] = []
             for _ in range(steps): run.one_step(); losses[name] += [r["loss"] for r in run.read()]
     apart = lambda a, b: float(np.abs(np.array(losses[a]) - losses[b]).mean())

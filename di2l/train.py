@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'shares', 'Batches', 'gather_rows', 'learning_rate', 'make_optimiser', 'data_digest', 'Run', 'describe',
            'write_results', 'train']
 
-# %% ../nbs/08_train.ipynb #222d5cf2
+# %% ../nbs/08_train.ipynb #b83a77b4
 import json, math, random, time, warnings
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -25,7 +25,7 @@ from .runs.folder import checkpoints, holds_it, load_checkpoint, pack, remove_un
 from .runs.log import Curves, Log, read_log
 from .runs.process import (
     Interrupted, NonFinite, Signals, choose_precision, draws, fix_arithmetic, keep_freed_memory,
-    make_accelerator, peak_memory, random_states, recompute_blocks, set_random_states, uses_gpu)
+    make_accelerator, peak_memory, random_states, recompute_blocks, set_random_states)
 
 # %% ../nbs/08_train.ipynb #7d417d69
 def shares(
@@ -48,7 +48,7 @@ def _image_source(cache, device):
     resident = torch.from_numpy(np.array(cache.images)).to(device).permute(0, 3, 1, 2)
     return lambda rows, last: resident[rows]
 
-# %% ../nbs/08_train.ipynb #6a03a6f0
+# %% ../nbs/08_train.ipynb #629cd51a
 class Batches:
     "Batch `(epoch, batch)`: this process's images and the whole batch's identities."
     def __init__(self,
@@ -61,17 +61,16 @@ class Batches:
         world=1,      # processes
         reuse=False,  # write each batch over the one before it: fresh memory has to be cleared first
     ):
-        if c.ids % world:
-            raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple of {world}")
+        if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple")
         self.sampler = IdentitySampler(dataset.train, c.ids, c.visible, c.infrared, seed=c.seed)
-        between(1, len(self.sampler), accumulate=c.accumulate)                # batches of an epoch
         self.c, self.method, self.device, self.reuse = c, method, device, reuse
         codes = class_labels(dataset.train)
         self.labels = torch.tensor([codes.get(p, -1) for p in dataset.records.pid], device=device)
         self.images, self.num_ids, self.epoch = _image_source(cache, device), len(codes), None
         self.raw, self.last = [None, None], None                              # of the batch before
         rows, order = shares(method.visible_views, c.ids * c.visible, c.ids * c.infrared, world)
-        self.mine, self.order = ([r.to(device) for r in rows[rank]], order.to(device)) if world > 1 else [None] * 2
+        self.mine = [r.to(device) for r in rows[rank]] if world > 1 else None
+        self.order = order.to(device) if world > 1 else None
 
     def rows(self, epoch):
         "The epoch's row numbers, visible and infrared `(batches, images)`, sent to the device once."
@@ -81,7 +80,7 @@ class Batches:
         return self.plan
 
     def __call__(self, epoch, batch):
-        "{visible, infrared}: float images `(B,3,H,W)` of this process, and the pids of the whole batch."
+        "{visible, infrared}: float images `(B,3,H,W)` of this process; and the pids of the whole batch."
         visible, infrared = (rows[batch] for rows in self.rows(epoch))
         raw = [self.images(rows, last) for rows, last in zip((visible, infrared), self.raw)]
         images = self.method.augment(*raw, draws(self.c.seed, epoch, batch), self.last)
@@ -138,7 +137,7 @@ def make_optimiser(
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return sgd
 
-# %% ../nbs/08_train.ipynb #4dee35c3
+# %% ../nbs/08_train.ipynb #b8a20c4d
 class _Learner:
     "A network and its optimiser on the device, and the gradient of a batch."
     def __init__(self, c, method, batches, accelerator):
@@ -152,6 +151,7 @@ class _Learner:
         self.optimiser = make_optimiser(c, self.network)
         self.net, self.stepper = accelerator.prepare(self.network, self.optimiser)
         if c.compile: self.net = torch.compile(self.net)
+        between(1, len(batches.sampler), accumulate=c.accumulate)
         self.per_epoch = len(batches.sampler) // c.accumulate     # steps
         self.total, self.step, self.pending = c.steps or c.epochs * self.per_epoch, 0, []
 
@@ -406,7 +406,7 @@ def _train(run, resume, say):
         raise UserError(f"step {run.step}: {run.out} cannot be written ({e}); {last}. "
                         "Make room, then go on with --resume") from None
 
-# %% ../nbs/08_train.ipynb #34cb8266
+# %% ../nbs/08_train.ipynb #b2b3c7df
 def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
@@ -428,4 +428,4 @@ def train(
             return out
     finally:                                           # the processor's mode and its memory are the caller's
         fix_arithmetic(False)
-        if not uses_gpu(config): keep_freed_memory(False)
+        keep_freed_memory(False)
