@@ -48,7 +48,7 @@ def _image_source(cache, device):
     resident = torch.from_numpy(np.array(cache.images)).to(device).permute(0, 3, 1, 2)
     return lambda rows, last: resident[rows]
 
-# %% ../nbs/08_train.ipynb #629cd51a
+# %% ../nbs/08_train.ipynb #4b919546
 class Batches:
     "Batch `(epoch, batch)`: this process's images and the whole batch's identities."
     def __init__(self,
@@ -61,7 +61,7 @@ class Batches:
         world=1,      # processes
         reuse=False,  # write each batch over the one before it: fresh memory has to be cleared first
     ):
-        if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; take a multiple")
+        if c.ids % world: raise UserError(f"ids = {c.ids} cannot be shared by {world} processes; change one")
         self.sampler = IdentitySampler(dataset.train, c.ids, c.visible, c.infrared, seed=c.seed)
         self.c, self.method, self.device, self.reuse = c, method, device, reuse
         codes = class_labels(dataset.train)
