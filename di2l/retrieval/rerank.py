@@ -34,12 +34,13 @@ def expand_queries(
     joined = np.asarray(query, float) + (weight[..., None] * np.asarray(gallery, float)[nearest]).sum(1)
     return joined / (1 + weight.sum(1, keepdims=True))
 
-# %% ../../nbs/64_rerank.ipynb #8a408d24
+# %% ../../nbs/64_rerank.ipynb #3a4ca4c9
 def _reciprocal(near, k):
-    "R(p,k) from each image's nearest images `(N,≥k+1)`, itself among them: neighbours both ways, sparse `(N,N)`."
+    "R(p,k) from each image's nearest `(N,≥k+1)`, itself among them: neighbours both ways, sparse `(N,N)`."
     from scipy import sparse
     N, k = len(near), min(k + 1, near.shape[1])
-    forward = sparse.csr_array((np.ones(N * k, bool), near[:, :k].ravel(), np.arange(0, N * k + 1, k)), (N, N))
+    starts = np.arange(0, N * k + 1, k)
+    forward = sparse.csr_array((np.ones(N * k, bool), near[:, :k].ravel(), starts), (N, N))
     return (forward * forward.T).tocsr()
 
 def _expanded(wide, narrow):
@@ -66,7 +67,7 @@ def _ask_for_memory(Q, N):
     import psutil
     needed, free = (16 * N**2 + 24 * Q * N) / 2**30, psutil.virtual_memory().available / 2**30
     words = f"re-ranking {N:,} images holds {needed:,.1f} GB of distances"
-    if needed > free: raise UserError(f"{words}, and {free:,.1f} GB are free; leave re-ranking out, or rank fewer")
+    if needed > free: raise UserError(f"{words}, and {free:,.1f} GB are free; leave it out, or rank fewer")
     if needed > 1: warnings.warn(words)
 
 # %% ../../nbs/64_rerank.ipynb #2c671a16
@@ -100,17 +101,19 @@ def k_reciprocal(
         V.sort_indices()
     return (1 - weight) * _jaccard(V, Q) + weight * d[:Q, Q:]
 
-# %% ../../nbs/64_rerank.ipynb #50beac74
+# %% ../../nbs/64_rerank.ipynb #ae67f4b5
 class _AfterSteps:
     "Query expansion, then re-ranking, as a function of features; `about` names what it does."
     def __init__(self, expand, rerank, metric):
         self.expand, self.metric = expand, metric
-        self.settings = rerank and {**dict(k1=20, k2=6, weight=.3), **(rerank if isinstance(rerank, dict) else {})}
+        changes = rerank if isinstance(rerank, dict) else {}
+        self.settings = rerank and dict(k1=20, k2=6, weight=.3) | changes
         words = self.settings and "k-reciprocal (k1 {k1}, k2 {k2}, λ {weight})".format(**self.settings)
         self.about = {"expansion": f"{expand} images" if expand else None, "re-ranking": words or None}
 
     def __call__(self, query, gallery, skipped):
-        if self.expand: query = expand_queries(query, gallery, self.expand, metric=self.metric, skipped=skipped)
+        if self.expand:
+            query = expand_queries(query, gallery, self.expand, metric=self.metric, skipped=skipped)
         if not self.settings: return distances(query, gallery, self.metric)
         return k_reciprocal(query, gallery, metric=self.metric, **self.settings)
 

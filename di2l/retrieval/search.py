@@ -13,7 +13,7 @@ from ..console import UserError, progress, whole
 from ..eval import between, torch_device, vectors
 from .checks import as_array, check_features, check_metric
 
-# %% ../../nbs/63_search.ipynb #1934a8d8
+# %% ../../nbs/63_search.ipynb #c7c88a09
 def _tiles(gallery, metric, block):
     "First row and checked `vectors` of each tile of the gallery."
     for start in progress(range(0, len(gallery), block), "search", unit="tile"):
@@ -22,7 +22,7 @@ def _tiles(gallery, metric, block):
         yield start, vectors(check_features(part, "gallery features", metric, rows), metric)
 
 def _candidates(q, gallery, shift, metric, device, count, block):
-    "The largest float32 scores of each query `(Q,count)`, their gallery rows, and the longest gallery vector."
+    "The largest float32 scores `(Q,count)`, their gallery rows, and the longest gallery vector."
     x, longest, starts = (q - shift).float().to(device), 0.0, range(0, len(q), 1024)
     found = [(torch.empty(len(x[i:i + 1024]), 0, device=device),) * 2 for i in starts]
     for start, g in _tiles(gallery, metric, block):
@@ -60,7 +60,7 @@ def _by_distance(q, gallery, k, metric, block):
         d, row = _nearest(torch.cat([d, between(q, g, metric)], 1), torch.cat([row, new], 1), k)
     return d, row
 
-# %% ../../nbs/63_search.ipynb #0ca5c593
+# %% ../../nbs/63_search.ipynb #6ddb7a9b
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -71,7 +71,8 @@ def search(
 ):                       # distances float64 and gallery rows `(Q,k)`, nearest first, ties by row
     "Exact k nearest neighbours, a tile at a time; fewer than k where the gallery is smaller."
     whole(1, k=k)
-    query, gallery, device = check_features(query, "query features", metric), as_array(gallery), torch_device(device)
+    query, gallery = check_features(query, "query features", metric), as_array(gallery)
+    device = torch_device(device)
     head = check_features(gallery[:4096], "gallery features", metric)
     check_metric(metric, query, head)
     q, k, D = vectors(query, metric), min(k, len(gallery)), query.shape[1]
@@ -94,7 +95,7 @@ def search(
     if len(left): dist[left], rows[left] = _by_distance(q[left], gallery, k, metric, block)
     return dist.numpy(), rows.numpy()
 
-# %% ../../nbs/63_search.ipynb #1185c84a
+# %% ../../nbs/63_search.ipynb #541bf39a
 def faiss_index(
     features,             # `(N,D)`
     kind="IVF64,PQ16x4",  # FAISS's factory string: cells, numbers an image x bits a number; "Flat" is exact
@@ -111,7 +112,7 @@ def faiss_index(
     index = faiss.index_factory(x.shape[1], kind)
     if hasattr(index, "nprobe"):
         index.nprobe, index.cp.seed = probe, seed
-        index.cp.min_points_per_centroid = 1                                   # small galleries, without a warning
+        index.cp.min_points_per_centroid = 1                  # small galleries, without a warning
         if hasattr(index, "pq"): index.pq.cp.seed, index.pq.cp.min_points_per_centroid = seed, 1
     try: index.train(x)
     except RuntimeError as e:
