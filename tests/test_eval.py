@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +14,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from di2l import eval as ev
-from di2l.datasets import Protocol, UserError, cache_images, llcm_protocol, read_sysu, regdb_protocol, sysu_protocol
-from di2l.synthetic import write_benchmark
+from di2l.console import UserError
+from di2l.data.cache import cache_images
+from di2l.data.records import read_sysu
+from di2l.eval import Protocol, llcm_protocol, regdb_protocol, sysu_protocol
+from di2l.retrieval import feature_files as ff, looking as lo, page as pa, rerank as re_, search as se
+from di2l.synthetic.benchmark import write_benchmark
 
 # ---------------------------------------------------------------- the oracle: one query at a time, as the authors' MATLAB reads
 
@@ -55,7 +60,7 @@ def compare(found, cmc, per):
 
 cases = st.fixed_dictionaries(dict(
     seed=st.integers(0, 2**31), Q=st.integers(1, 9), G=st.integers(1, 40), people=st.integers(1, 9), values=st.sampled_from([1, 2, 5, 50, None]),
-    skip=st.sampled_from([None, "sysu", "llcm"]), once=st.booleans(), block=st.integers(1, 10), double=st.booleans(), strangers=st.booleans(), crowd=st.booleans()))
+    skip=st.sampled_from([None, "sysu", "llcm"]), by_identity=st.booleans(), block=st.integers(1, 10), double=st.booleans(), strangers=st.booleans(), crowd=st.booleans()))
 
 
 def draw(c):
@@ -73,7 +78,7 @@ def draw(c):
 def test_equals_the_oracle(c):
     args = draw(c)
     cmc, per = oracle(*(x.tolist() for x in args), c["skip"], c["once"])
-    call = lambda: ev.evaluate(*args, skip=c["skip"], once=c["once"], block=c["block"])
+    call = lambda: ev.evaluate(*args, skip=c["skip"], by_identity=c["once"], block=c["block"])
     if cmc is None:
         with pytest.raises(UserError): call()
     else: compare(call(), cmc, per)
@@ -93,7 +98,7 @@ def test_edges():
     one = ev.evaluate([[0.3]], [5], [5])                     # a gallery of one image
     assert (one.rank(1), one.rank(20), one.mAP, one.mINP, one.num_queries) == (1, 1, 1, 1, 1)
     assert len(one.cmc) == 20                                # fewer than 20 people: the curve stays where it ended
-    tied = ev.evaluate(np.zeros((1, 4)), [2], [1, 1, 2, 2], skip=None, once=True)
+    tied = ev.evaluate(np.zeros((1, 4)), [2], [1, 1, 2, 2], skip=None, by_identity=True)
     assert tied.per_query["rank"][0] == 2 and tied.per_query["hit"][0] == 3
     assert ev.evaluate(torch.tensor([[1, 2]]), [5], [6, 5]).per_query["hit"][0] == 2          # whole numbers, a tensor
     half = ev.evaluate(np.array([[1., 2], [1, 2]]), [1, 9], [1, 2])
@@ -109,7 +114,7 @@ def test_custom_rule_and_blocks():
     whole = ev.evaluate(*args, skip=rule)
     for block in (1, 5, 36, 1000):
         some = ev.evaluate(*args, skip=rule, block=block)
-        assert some.to_json() == whole.to_json()
+        assert some.to_dict() == whole.to_dict()
         assert all(np.array_equal(some.per_query[k], whole.per_query[k]) for k in whole.per_query)
 
 
@@ -118,7 +123,7 @@ def test_metrics_print_render_and_average():
     assert "rank-1" in str(a) and "100.00" in str(a) and "<td>50.00</td>" in b._repr_html_()
     m, s = ev.mean([a, b]), ev.spread([a, b])
     assert (m.rank(1), m.mAP, m.num_queries) == (.5, .75, 1) and s.rank(1) == pytest.approx(.5**.5)
-    assert set(json.loads(m.to_json())) >= {"rank1", "rank10", "rank20", "mAP", "mINP", "cmc", "num_queries"}
+    assert set(json.loads(json.dumps(m.to_dict()))) >= {"rank1", "rank10", "rank20", "mAP", "mINP", "cmc", "num_queries"}
     with pytest.raises(ValueError): a.rank(0)
 
 
@@ -158,6 +163,50 @@ def test_cosine():
     np.testing.assert_allclose(ev.distances(a * 1e6, b * 1e-6, "cosine"), true, atol=1e-12)
 
 
+def test_a_crowd_of_one_person_and_many_people_stay_in_bounds():
+    "9,000 images of one person beside 9,000 people of one image each: a table of both would be gigabytes."
+    rng = np.random.default_rng(2)
+    g_pids, dist = np.r_[np.zeros(9000, int), np.arange(1, 9001)], rng.random((6, 18000)).astype(np.float32)
+    q_pids = np.array([0, 5, 6, 0, 7, 8])
+    tracemalloc.start()
+    found = ev.evaluate(dist, q_pids, g_pids, by_identity=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * 2**20
+    i = 1
+    place = (dist[i] <= dist[i, 9000 + 4]).sum()
+    assert found.per_query["hit"][i] == place and found.per_query["rank"][i] == 1 + len(set(g_pids[dist[i] < dist[i, 9004]].tolist()))
+
+
+def test_numbers_of_any_width_and_order():
+    rng = np.random.default_rng(3)
+    q, g = rng.normal(size=(3, 4)).astype(np.float32), rng.normal(size=(5, 4)).astype(np.float32)
+    for kind in (">f4", np.longdouble): assert np.array_equal(ev.distances(q.astype(kind), g.astype(kind)), ev.distances(q, g))
+    assert ev.distances(np.array([[-128, 0]], np.int8), np.array([[0, 0]], np.int8))[0, 0] == 128
+    d, big = np.array([[2., 1.]]), 2**53
+    a = ev.evaluate(d, np.array([big + 1], np.uint64), np.array([big + 1, big], np.int64), [3.], [1., 4.], skip="sysu")
+    assert a.per_query["hit"][0] == 2                        # as floats both would be the same person
+    for pids in (["5"], [5.5], np.array([2**64 - 1], np.uint64)):
+        with pytest.raises(UserError, match="q_pids has to be whole numbers"): ev.evaluate([[.3]], pids, [5])
+    with pytest.raises(UserError, match="device meta: not to be had"): ev.torch_device("meta")
+    with pytest.raises(UserError, match="device abacus: not to be had"): ev.torch_device("abacus")
+
+
+def test_messages_name_the_rows_of_the_users_table():
+    x, records = np.ones((6, 2)), tmp_table(6).assign(pid=[1, 2, 1, 2, 1, 2])
+    x[4] = 0
+    with pytest.raises(UserError, match="row 4 is all zeros"): ev.evaluate_protocol(x, records, Protocol(np.array([0, 1]), [np.array([2, 4])], None, {}), "cosine")
+    g = np.random.default_rng(0).normal(size=(3000, 2))
+    g[2500] = 0
+    with pytest.raises(UserError, match="row 2500 is all zeros"): se.search(g[:3], g, 2, "cosine", block=1024)
+
+
+def test_after_steps_say_what_memory_they_need(monkeypatch):
+    import psutil
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(UserError, match="re-ranking 30 images holds .* GB of distances, and .* GB are free"): re_.k_reciprocal(np.ones((10, 2)), np.ones((20, 2)))
+
+
 # ---------------------------------------------------------------- search
 
 devices = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU"))]
@@ -179,7 +228,7 @@ def test_search_is_a_stable_sort_for_any_block(device, seed, G, k, block, kind, 
     if kind == "whole": q, g = np.round(q) + 5, np.round(g) + 5
     if kind == "offset": q, g = q + 1000, g + 1000
     if kind == "same": g[:] = g[0]
-    found, true = ev.search(q, g, k, metric, device, block), by_sorting(q, g, k, metric)
+    found, true = se.search(q, g, k, metric, device, block), by_sorting(q, g, k, metric)
     assert np.array_equal(found[1], true[1]) and np.array_equal(found[0], true[0])
 
 
@@ -189,33 +238,22 @@ def test_search_in_a_memory_map_and_a_crowd_of_ties(tmp_path):
     g[:] = rng.normal(size=(1, 16))                          # 3,000 copies: the first rows win
     g[1500] += 1e-3
     q = np.array(g[:2]) + .1
-    assert np.array_equal(ev.search(q, g, 5, block=64)[1], by_sorting(q, g, 5)[1])
+    assert np.array_equal(se.search(q, g, 5, block=64)[1], by_sorting(q, g, 5)[1])
     g[:] = rng.normal(size=g.shape)
-    assert np.array_equal(ev.search(q, g, 20, block=700)[1], by_sorting(q, g, 20)[1])
-    with pytest.raises(UserError, match="k of at least 1"): ev.search(q, g, 0)
+    assert np.array_equal(se.search(q, g, 20, block=700)[1], by_sorting(q, g, 20)[1])
+    with pytest.raises(UserError, match="k of at least 1"): se.search(q, g, 0)
 
 
-@pytest.mark.parametrize("device", devices)
-def test_metrics_in_blocks(device):
+def test_metrics_in_blocks():
+    import pandas as pd
     rng = np.random.default_rng(4)
     q, g = rng.normal(size=(30, 24)).astype(np.float32), rng.normal(size=(200, 24)).astype(np.float32)
     g[50:60] = g[:10]
     who = rng.integers(0, 8, 30), rng.integers(0, 8, 200), rng.choice([3, 6], 30), rng.choice([1, 2, 4, 5], 200)
     whole = ev.evaluate(ev.distances(q, g), *who, skip="sysu")
-    for block in (1, 7, 30, 99): assert ev.evaluate_features(q, g, *who, skip="sysu", device=device, block=block).to_json() == whole.to_json()
-
-
-@pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("mkldnn", [True, False])
-def test_what_a_tile_keeps_is_the_same_on_every_path(monkeypatch, fresh, mkldnn):
-    "Processor (by oneDNN or NumPy, 256 queries at a time) and GPU (all at once, here with its tensors on the processor)."
-    q, g = (torch.randn(n, 9, generator=torch.Generator().manual_seed(n)) for n in (600, 80))
-    kth, slack = np.full(600, -np.inf if fresh else 2., np.float32), np.full(600, .5, np.float32)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: mkldnn)
-    here, there = (sorted(zip(*(x.tolist() for x in f(q, g, kth, slack, 7)[:2]))) for f in (ev._worth, ev._worth_on_device))
-    scores = (q.double() @ g.double().T).numpy()
-    mark = np.sort(scores, 1)[:, -7] if fresh else kth
-    assert here == there == [tuple(x) for x in np.argwhere(scores >= (mark - slack)[:, None]).tolist()]
+    records = pd.DataFrame(dict(pid=np.r_[who[0], who[1]], cam=np.r_[who[2], who[3]]))
+    plan = Protocol(np.arange(30), [np.arange(30, 230)], "sysu", {})
+    for block in (1, 7, 30, 99): assert ev.evaluate_protocol(np.concatenate([q, g]), records, plan, block=block).trials[0].to_dict() == whole.to_dict()
 
 
 # ---------------------------------------------------------------- FAISS
@@ -226,20 +264,20 @@ def test_faiss_recall_save_load_shards(tmp_path):
     rng = np.random.default_rng(5)
     centres = rng.normal(size=(20, 16))
     x = (centres[rng.integers(0, 20, 1500)] + .5 * rng.normal(size=(1500, 16))).astype(np.float32)
-    true = ev.search(x[:50], x, 10)[1]
-    index = ev.faiss_index(x, "IVF8,PQ8x4", probe=8)
+    true = se.search(x[:50], x, 10)[1]
+    index = se.faiss_index(x, "IVF8,PQ8x4", probe=8)
     faiss.write_index(index, str(tmp_path / "i"))
     found = index.search(x[:50], 10)[1]
     assert np.array_equal(faiss.read_index(str(tmp_path / "i")).search(x[:50], 10)[1], found)
-    assert .3 < ev.recall(found, true) < 1
-    assert np.array_equal(ev.faiss_index(x, "IVF8,PQ8x4", probe=8).search(x[:50], 10)[1], found)     # the same seed, the same index
+    assert .3 < se.recall(found, true) < 1
+    assert np.array_equal(se.faiss_index(x, "IVF8,PQ8x4", probe=8).search(x[:50], 10)[1], found)     # the same seed, the same index
     shards = faiss.IndexShards(16, False, True)
-    parts = [ev.faiss_index(x[i:i + 750], "Flat") for i in (0, 750)]
+    parts = [se.faiss_index(x[i:i + 750], "Flat") for i in (0, 750)]
     for p in parts: shards.add_shard(p)
-    assert ev.recall(shards.search(x[:50], 10)[1], true) == 1
-    cosine = ev.faiss_index(x, "Flat", metric="cosine").search(ev._unit32(x[:50], "cosine"), 10)[1]
-    assert ev.recall(cosine, ev.search(x[:50], x, 10, "cosine")[1]) == 1
-    with pytest.raises(UserError, match="too few"): ev.faiss_index(x[:5], "IVF64,PQ8")
+    assert se.recall(shards.search(x[:50], 10)[1], true) == 1
+    cosine = se.faiss_index(x, "Flat", metric="cosine").search(ev.vectors(x[:50], "cosine").float().numpy(), 10)[1]
+    assert se.recall(cosine, se.search(x[:50], x, 10, "cosine")[1]) == 1
+    with pytest.raises(UserError, match="too few"): se.faiss_index(x[:5], "IVF64,PQ8")
 
 
 SHARD = """
@@ -257,21 +295,21 @@ def test_faiss_shards_in_processes_of_their_own(tmp_path):
     x = rng.normal(size=(600, 16)).astype(np.float32)
     np.save(tmp_path / "q.npy", x[:40])
     together = faiss.ResultHeap(40, 5)
-    for first in (0, 300): faiss.write_index(ev.faiss_index(x[first:first + 300], "IVF4,Flat", probe=4), str(tmp_path / f"{first}.faiss"))
+    for first in (0, 300): faiss.write_index(se.faiss_index(x[first:first + 300], "IVF4,Flat", probe=4), str(tmp_path / f"{first}.faiss"))
     running = [subprocess.Popen([sys.executable, "-c", SHARD, *map(str, (tmp_path / f"{first}.faiss", tmp_path / "q.npy", first, 5, tmp_path / f"{first}.npz"))]) for first in (0, 300)]
     assert [p.wait() for p in running] == [0, 0]
     for first in (0, 300): part = np.load(tmp_path / f"{first}.npz"); together.add_result(part["distance"], part["row"])
     together.finalize()
-    assert ev.recall(together.I, ev.search(x[:40], x, 5)[1]) == 1
+    assert se.recall(together.I, se.search(x[:40], x, 5)[1]) == 1
 
 
 def test_faiss_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"pip install 'di2l\[search\]'"): ev.faiss_index(np.ones((9, 4)))
+    with pytest.raises(UserError, match=r"pip install 'di2l\[search\]'"): se.faiss_index(np.ones((9, 4)))
 
 
 def test_recall():
-    assert ev.recall([[1, 2], [3, 4]], [[2, 9], [4, 3]]) == .75
+    assert se.recall([[1, 2], [3, 4]], [[2, 9], [4, 3]]) == .75
 
 
 # ---------------------------------------------------------------- after-steps
@@ -293,7 +331,7 @@ def naive_expansion(q, g, k, alpha, skipped):
 def test_query_expansion(seed, G, k, alpha):
     rng = np.random.default_rng(seed)
     q, g, skipped = rng.normal(size=(5, 4)), rng.normal(size=(G, 4)), rng.random((5, G)) < .3
-    np.testing.assert_allclose(ev.expand_queries(q, g, k, alpha, skipped=skipped), naive_expansion(q, g, k, alpha, skipped), atol=1e-9)
+    np.testing.assert_allclose(re_.expand_queries(q, g, k, alpha, skipped=skipped), naive_expansion(q, g, k, alpha, skipped), atol=1e-9)
 
 
 def naive_rerank(q, g, k1, k2, weight):
@@ -326,7 +364,7 @@ def test_k_reciprocal(seed, Q, G, k1, k2, weight):
     rng = np.random.default_rng(seed)
     q, g = rng.normal(size=(Q, 3)), rng.normal(size=(G, 3))
     k1 = min(k1, Q + G - 1)
-    np.testing.assert_allclose(ev.k_reciprocal(q, g, k1, k2, weight), naive_rerank(q, g, k1, k2, weight), atol=1e-9)
+    np.testing.assert_allclose(re_.k_reciprocal(q, g, k1, k2, weight), naive_rerank(q, g, k1, k2, weight), atol=1e-9)
 
 
 class Fake:
@@ -378,11 +416,11 @@ def test_after_steps_are_off_and_named(tiny):
     p = sysu_protocol(data.records, trials=2)
     plain = ev.evaluate_protocol(features, data.records, p, flip=False)
     assert plain.about["expansion"] is None and plain.about["re-ranking"] is None and "re-ranking" not in str(plain)
-    expanded, ranked = ev.evaluate_protocol(features, data.records, p, expand=2), ev.evaluate_protocol(features, data.records, p, reranking=dict(k1=5, k2=2))
+    expanded, ranked = (ev.evaluate_protocol(features, data.records, p, compare=re_.after_steps(**after)) for after in (dict(expand=2), dict(rerank=dict(k1=5, k2=2))))
     assert "expansion 2 images" in str(expanded) and "k1 5, k2 2, λ 0.3" in str(ranked)
     r, g = data.records, p.galleries[1]
-    true = ev.evaluate(ev.k_reciprocal(features[p.query], features[g], 5, 2), r.pid[p.query], r.pid[g], r.cam[p.query], r.cam[g], "sysu")
-    assert ranked.trials[1].to_json() == true.to_json()
+    true = ev.evaluate(re_.k_reciprocal(features[p.query], features[g], 5, 2), r.pid[p.query], r.pid[g], r.cam[p.query], r.cam[g], "sysu")
+    assert ranked.trials[1].to_dict() == true.to_dict()
 
 
 def test_regdb_and_llcm(tiny):
@@ -393,6 +431,18 @@ def test_regdb_and_llcm(tiny):
         d = ev.distances(features[p.query], features[g])
         compare(result.trials[0], *oracle(d.tolist(), *(r[c].to_numpy()[i].tolist() for c, i in (("pid", p.query), ("pid", g), ("cam", p.query), ("cam", g))), skip, once))
         assert result.about["direction"] == "visible→infrared"
+
+
+def score(features=None, gallery=None, run=None, metric="euclidean", skip=None, expand=0, rerank=False, json=None, protocol="sysu", direction=None, device=None, **plan):
+    "What `di2l_eval` does with its arguments, as plain functions."
+    compare = re_.after_steps(expand, rerank, metric)
+    if run: results = ev.evaluate_run(run, direction=direction, metric=metric, compare=compare, device=device, **plan)
+    elif gallery: results = [ff.evaluate_files(features, gallery, skip, metric, compare)]
+    else:
+        table, records = ff.read_features(features)
+        results = [ev.evaluate_protocol(table, records, p, metric, compare) for p in ff.feature_protocols(records, protocol, direction, **plan)]
+    if json: Path(json).write_text(globals()["json"].dumps(ff.results_json(results)))
+    print(ff.report(results))
 
 
 def official_table(folder):
@@ -413,7 +463,7 @@ def test_official_permutations_at_true_size(sysu_protocol_files, tmp_path, mode,
     features[::50] = features[7]                             # copies, so ties
     file, out = tmp_path / "f.npz", tmp_path / "out.json"
     np.savez(file, features=features, pid=pid, cam=cam, frame=frame)
-    ev.main(features=str(file), protocol="sysu", mode=mode, shots=shots, trials=trials, permutations=str(sysu_protocol_files / "rand_perm_cam.mat"), json=str(out))
+    score(features=str(file), protocol="sysu", mode=mode, shots=shots, trials=trials, permutations=str(sysu_protocol_files / "rand_perm_cam.mat"), json=str(out))
     found = json.loads(out.read_text())
     assert len(found["trials"]) == trials and found["about"]["gallery"] == "official permutations"
     row = {key: n for n, key in enumerate(zip(pid.tolist(), cam.tolist(), frame.tolist()))}
@@ -462,16 +512,17 @@ BAD = {
     "no dimensions": (lambda g: dict(features=g["features"][:, :0]), "have shape .*, 0.*both at least 1"),
     "no rows": (lambda g: {k: v[:0] for k, v in g.items()}, "both at least 1"),
     "words": (lambda g: dict(features=g["features"].astype(str)), "expected numbers"),
+    "a pid in words": (lambda g: dict(pid=g["pid"].astype(str)), "pid has to be whole numbers"),
+    "half a cam": (lambda g: dict(cam=g["cam"] + .5), "cam has to be whole numbers"),
     "half a pid": (lambda g: dict(pid=g["pid"] + .5), "pid has to be whole numbers"),
     "zeros, cosine": (lambda g: dict(features=g["features"] * 0, metric="cosine"), "all zeros and has no direction"),
     "no frame": (lambda g: dict(drop=("frame",)), "come without frame"),
     "no cam": (lambda g: dict(drop=("cam",)), "holds .* but no cam"),
-    "metric": (lambda g: dict(metric="manhattan"), "there is no metric 'manhattan'"),
-    "protocol": (lambda g: dict(protocol="market"), "there is no protocol 'market'"),
+    "metric": (lambda g: dict(metric="manhattan"), "metric = 'manhattan'"),
+    "protocol": (lambda g: dict(protocol="market"), "protocol = 'market'"),
     "mode": (lambda g: dict(mode="outdoor"), "outdoor"),
     "shots": (lambda g: dict(shots=0), "shots"),
-    "trials": (lambda g: dict(trials=0), "expected 1 or more"),
-    "device": (lambda g: dict(device="abacus"), "device abacus: not to be had here"),
+    "trials": (lambda g: dict(trials=0), "trials = 0: expected a whole number, 1 or more"),
     "modality": (lambda g: dict(protocol="llcm", modality=np.array(["thermal"] * len(g["pid"]))), "modality 'thermal' in row 0"),
     "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: no such file"),
 }
@@ -482,21 +533,21 @@ def test_bad_features_are_refused(table, capsys, name):
     make, message = BAD[name]
     changes = make(table.good)
     options = {k: changes.pop(k) for k in ("metric", "protocol", "mode", "permutations", "shots", "trials", "device") if k in changes}
-    with pytest.raises(UserError, match=message): ev.main(features=table(**changes), **options)
+    with pytest.raises(UserError, match=message): score(features=table(**changes), **options)
     assert capsys.readouterr().out == ""
 
 
 def test_permutations_of_another_dataset(table, sysu_protocol_files, tmp_path):
-    with pytest.raises(UserError, match="official permutations"): ev.main(features=table(), permutations=str(sysu_protocol_files / "rand_perm_cam.mat"))
-    with pytest.raises(UserError, match="rand_perm_cam"): ev.main(features=table(), permutations=str(sysu_protocol_files / "test_id.mat"))
+    with pytest.raises(UserError, match="official permutations"): score(features=table(), permutations=str(sysu_protocol_files / "rand_perm_cam.mat"))
+    with pytest.raises(UserError, match="rand_perm_cam"): score(features=table(), permutations=str(sysu_protocol_files / "test_id.mat"))
 
 
 def test_other_bad_calls(table, tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
-    for options, message in ((dict(), "give either --run"), (dict(features=str(tmp_path / "none.npz")), "no such file"), (dict(features=str(tmp_path / "text.npz")), "not a readable .npz"),
+    for options, message in ((dict(features=str(tmp_path / "none.npz")), "no such file"), (dict(features=str(tmp_path / "text.npz")), "not a readable .npz"),
                              (dict(features=table(), gallery=table("short.npz", features=table.good["features"][:, :3])), "from one network"),
-                             (dict(features=table(), gallery=table("g.npz"), skip="market"), "there is no skip rule 'market'")):
-        with pytest.raises(UserError, match=message): ev.main(**options)
+                             (dict(features=table(), gallery=table("g.npz"), skip="market"), "skip = 'market'")):
+        with pytest.raises(UserError, match=message): score(**options)
     with pytest.raises(UserError, match="there must be one for each"): ev.evaluate_protocol(np.ones((3, 2)), tmp_table(4), SimpleNamespace(query=[0], galleries=[[1]], skip=None, about={}))
     with pytest.raises(UserError, match="overflow"): ev.distances(np.ones((1, 2)) * 1e200, np.ones((1, 2)))
 
@@ -510,35 +561,26 @@ def test_any_protocol(table, capsys, tmp_path):
     g = table.good
     infrared = np.isin(g["cam"], (3, 6))
     q, r = (table(name, **{k: v[at] for k, v in g.items()}) for name, at in (("q.npz", infrared), ("g.npz", ~infrared)))
-    ev.main(features=q, gallery=r, skip="sysu", json=str(tmp_path / "any.json"))
+    score(features=q, gallery=r, skip="sysu", json=str(tmp_path / "any.json"))
     true = ev.evaluate(ev.distances(g["features"][infrared], g["features"][~infrared]), g["pid"][infrared], g["pid"][~infrared], g["cam"][infrared], g["cam"][~infrared], "sysu")
     assert json.loads((tmp_path / "any.json").read_text())["mAP"] == true.mAP
     assert "skip sysu" in capsys.readouterr().out
-    ev.main(features=q, gallery=r, skip="sysu", rerank=True, expand=2, json=str(tmp_path / "after.json"))
+    score(features=q, gallery=r, skip="sysu", rerank=True, expand=2, json=str(tmp_path / "after.json"))
     assert json.loads((tmp_path / "after.json").read_text())["mAP"] != true.mAP and "re-ranking" in capsys.readouterr().out
-
-
-def test_an_option_that_would_do_nothing_is_refused(table, run):
-    f = table()
-    for given in (dict(features=f, gallery=f, mode="indoor"), dict(features=f, gallery=f, shots=10), dict(features=f, flip=True), dict(features=f, root="x"), dict(features=f, skip="sysu"),
-                  dict(features=f, protocol="llcm", mode="all"), dict(features=f, protocol="regdb", trials=2), dict(run=str(run), trials=2), dict(run=str(run), protocol="llcm")):
-        with pytest.raises(UserError, match="does nothing with"): ev.main(**given)
-    for given, said in ((dict(run=str(run), shots=0), "no protocol with shots 0"), (dict(features=f, seed=-1), "seed -1"), (dict(features=f, trials=0), "trials 0"), (dict(run=""), "not a finished run")):
-        with pytest.raises(UserError, match=said): ev.main(**given)
 
 
 def test_llcm_features_are_drawn_by_seed_and_trials(table, capsys):
     g = table.good
     f = table(modality=np.where(np.isin(g["cam"], (3, 6)), "infrared", "visible"))
-    ev.main(features=f, protocol="llcm", seed=7, trials=2)
+    score(features=f, protocol="llcm", seed=7, trials=2)
     assert "seed 7" in capsys.readouterr().out
 
 
 def test_the_drawn_gallery_does_not_depend_on_the_order_of_the_table(table):
     g, found = table.good, []
     for rows in np.arange(len(g["pid"])), np.random.default_rng(0).permutation(len(g["pid"])):
-        features, records = ev.read_features(table("shuffled.npz", **{k: v[rows] for k, v in g.items()}))
-        plan, = ev._feature_protocols(records, "sysu", None, mode="all", shots=1, seed=0, trials=3)
+        features, records = ff.read_features(table("shuffled.npz", **{k: v[rows] for k, v in g.items()}))
+        plan, = ff.feature_protocols(records, trials=3)
         found.append([sorted(records.loc[gallery, ["pid", "cam", "frame"]].apply(tuple, axis=1)) for gallery in plan.galleries])
     assert found[0] == found[1]
 
@@ -549,15 +591,17 @@ def test_held_out_results_say_so_and_a_trial_counts_once(run, tmp_path):
     (held / "config.json").write_text(json.dumps(info))
     result = ev.evaluate_run(held, mode="all", shots=1, device="cpu")[0]
     assert "held out" in result.title()
-    tables = ev._search_tables(str(held), None, None, "infrared", "visible", None, 4)[2]
-    whole = ev._search_tables(str(run), None, None, "infrared", "visible", None, 4)[2]
+    tables = pa._search_tables(str(held), None, None, "infrared", "visible", None, 4)[2]
+    whole = pa._search_tables(str(run), None, None, "infrared", "visible", None, 4)[2]
     assert not set(tables[1].pid) & set(whole[1].pid)
     twice = ev.evaluate_protocol(np.eye(4), tmp_table(4).assign(pid=[1, 2, 1, 2], cam=[1, 1, 3, 3]), Protocol(np.arange(2, 4), [np.arange(2)], None, dict(dataset="regdb")), trial=1)
-    with pytest.raises(UserError, match="trial 1 is there twice"): ev.pool([twice, twice])
+    with pytest.raises(UserError, match="trial 1 is there twice"): ev.pool_trials([twice, twice])
 
 
-def test_features_beyond_float32_are_refused():
-    with pytest.raises(UserError, match="beyond float32"): ev.search(np.full((2, 3), 1e30), np.random.default_rng(0).normal(size=(5, 3)) * 1e30, 2)
+def test_features_beyond_float32_are_searched_by_exact_distance():
+    q, g = np.full((2, 3), 1e30), np.random.default_rng(0).normal(size=(50, 3)) * 1e30
+    found, true = se.search(q, g, 2), by_sorting(q, g, 2)
+    assert np.array_equal(found[1], true[1]) and np.array_equal(found[0], true[0])
 
 
 # ---------------------------------------------------------------- runs, the commands, the page
@@ -576,29 +620,12 @@ def run(tiny, tmp_path_factory):
     return folder
 
 
-def command(name, *args):
-    code = f"import sys; sys.argv[0] = '{name}'; from di2l.eval import {name}; {name}()"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, env=env)
-
-
-def test_eval_command(run, table, tmp_path):
-    done = command("main", "--run", run, "--shots", 1, "--device", "cpu", "--json", tmp_path / "r.json")
-    assert done.returncode == 0, done.stderr
-    assert "rank-1" in done.stdout and "indoor" in done.stdout and "infrared→visible" in done.stdout
-    found = json.loads((tmp_path / "r.json").read_text())
-    assert len(found["results"]) == 2 and len(found["trials"]) == 10 and 0 <= found["rank1"] <= found["rank10"] <= found["rank20"] <= 1
-    assert {r["about"]["mode"] for r in found["results"]} == {"all", "indoor"} and found["about"]["flip"] is False
-    bad = command("main", "--features", table(features=nan_rows(table.good["features"], 2)))
-    assert bad.returncode == 1 and bad.stdout == "" and "Traceback" not in bad.stderr and len(bad.stderr.strip().splitlines()) == 1 and "NaN" in bad.stderr
-
-
 def test_run_and_features_agree(run, tiny, table, capsys, tmp_path):
     data = tiny[0]
-    from di2l.model import load_network
+    from di2l.runs.folder import load_network
     images = cache_images(data, (96, 48))
     found = ev.extract_features(load_network(run)[0], images, data.records, data.test.index.to_numpy(), "cpu")
-    ev.main(features=table(features=found), mode="indoor", shots=10, json=str(tmp_path / "a.json"))
+    score(features=table(features=found), mode="indoor", shots=10, json=str(tmp_path / "a.json"))
     direct = ev.evaluate_run(run, mode="indoor", shots=10, device="cpu")[0]
     assert json.loads((tmp_path / "a.json").read_text())["trials"] == direct.to_dict()["trials"]
 
@@ -609,15 +636,15 @@ def test_runs_of_several_splits_are_averaged(tiny):
     for trial in (1, 2, 3):
         p = regdb_protocol(data.records, direction="visible→infrared")
         results.append(ev.evaluate_protocol(features + trial * np.random.default_rng(trial).normal(size=features.shape), data.records, p, trial=trial))
-    one, = ev.pool(results)
+    one, = ev.pool_trials(results)
     assert len(one.trials) == 3 and one.about["trial"] == "1, 2, 3" and one.metrics.mAP == np.mean([r.metrics.mAP for r in results])
-    assert len(ev.pool([results[0], ev.evaluate_protocol(features, data.records, regdb_protocol(data.records, direction="infrared→visible"), trial=1)])) == 2
+    assert len(ev.pool_trials([results[0], ev.evaluate_protocol(features, data.records, regdb_protocol(data.records, direction="infrared→visible"), trial=1)])) == 2
 
 
 def test_bfloat16_and_missing_cameras():
     d = torch.rand(3, 5)
     a, b = ev.evaluate(d.bfloat16(), [1, 2, 3], [1, 2, 3, 1, 2]), ev.evaluate(d.bfloat16().float(), [1, 2, 3], [1, 2, 3, 1, 2])
-    assert a.to_json() == b.to_json()
+    assert a.to_dict() == b.to_dict()
     assert np.array_equal(ev.distances(d.half(), d.bfloat16()), ev.distances(d.half().float(), d.bfloat16().float()))
     with pytest.raises(UserError, match="give q_cams"): ev.evaluate(d, [1, 2, 3], [1, 2, 3, 1, 2], skip="sysu")
 
@@ -628,39 +655,35 @@ def test_checkpoint_of_another_architecture(run, tmp_path):
     info = json.loads((other / "config.json").read_text())
     info["method"]["dpa"] = False
     (other / "config.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="another architecture"): ev.main(run=str(other))
-    with pytest.raises(UserError, match="not a finished run"): ev.main(run=str(tmp_path))
-    with pytest.raises(UserError, match="no protocol with mode outdoor"): ev.main(run=str(run), mode="outdoor")
+    with pytest.raises(UserError, match="another architecture"): score(run=str(other))
+    with pytest.raises(UserError, match="not a finished run"): score(run=str(tmp_path))
+    with pytest.raises(UserError, match="no protocol with mode outdoor"): score(run=str(run), mode="outdoor")
 
 
 @pytest.fixture(scope="module")
 def page(run, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    done = command("search_main", "--run", run, "--limit", 4, "--k", 5, "--device", "cpu", "--html", folder / "page.html", "--json", folder / "found.json")
-    assert done.returncode == 0, done.stderr
-    return folder / "page.html", json.loads((folder / "found.json").read_text())
+    found = pa.search_run(run, limit=4, k=5, device="cpu")
+    return pa.retrieval_page(found, tmp_path_factory.mktemp("page") / "page.html"), found.to_dict("records")
 
 
-def test_search_command(page, run, tiny, tmp_path):
+def test_search_in_a_run(page, run, tiny, tmp_path):
     html, found = page
-    text = html.read_text()
+    text = html.read_text(encoding="utf-8")
     assert len(found) == 20 and [r["rank"] for r in found[:5]] == [1, 2, 3, 4, 5]
     assert all(r["right"] == (r["pid"] == r["query_pid"]) for r in found)
     assert not any(r["query_cam"] == 3 and r["cam"] == 2 for r in found)
     assert text.count('class="result') == 20 and "http" not in text and "src=" not in text.replace("img.src = IMAGES", "")
     data = tiny[0]
-    first = Path(data.root) / data.test.path.iloc[-1]
-    lone = command("search_main", "--run", run, "--query", first, "--gallery", Path(data.root) / "cam1", "--k", 3, "--device", "cpu", "--html", tmp_path / "p.html")
-    same = command("search_main", "--run", run, "--modality", "visible", "--gallery_modality", "visible", "--limit", 3, "--k", 2, "--device", "cpu", "--json", tmp_path / "same.json")
-    assert same.returncode == 0 and all(r["path"] != r["query_path"] for r in json.loads((tmp_path / "same.json").read_text()))
-    folder = sorted((Path(data.root) / "cam1").iterdir())[0]
-    own = command("search_main", "--run", run, "--query", folder, "--gallery", Path(data.root) / "cam1", "--modality", "visible", "--gallery_modality", "visible", "--k", 2, "--device", "cpu", "--json", tmp_path / "own.json")
-    hits = json.loads((tmp_path / "own.json").read_text())                       # no skip rule here: an image would find itself first
-    assert own.returncode == 0 and hits and all(r["path"] != r["query_path"] for r in hits) and {r["rank"] for r in hits} == {1, 2}
-    for words in (("--k", 0), ("--limit", 0), ("--gallery_modality", "foo")): assert "expected" in command("search_main", "--run", run, *words).stderr
-    assert lone.returncode == 0 and "unknown" in (tmp_path / "p.html").read_text()
-    bad = command("search_main", "--run", run, "--query", tmp_path / "none.jpg")
-    assert bad.returncode == 1 and "no such file" in bad.stderr and "Traceback" not in bad.stderr
+    camera, same = Path(data.root) / "cam1", dict(modality="visible", gallery_modality="visible", k=2, device="cpu")
+    assert (lambda t: (t["path"] != t["query_path"]).all())(pa.search_run(run, limit=3, **same))
+    lone = pa.search_run(run, Path(data.root) / data.test.path.iloc[-1], camera, k=3, device="cpu")
+    assert "unknown" in pa.retrieval_page(lone, tmp_path / "p.html").read_text(encoding="utf-8")
+    hits = pa.search_run(run, sorted(camera.iterdir())[0], camera, **same)                    # no skip rule here: an image would find itself first
+    assert len(hits) and (hits["path"] != hits["query_path"]).all() and set(hits["rank"]) == {1, 2}
+    for words in (dict(k=0), dict(limit=0)):
+        with pytest.raises(UserError, match="expected a whole number, 1 or more"): pa.search_run(run, **words)
+    with pytest.raises(UserError, match="gallery_modality = 'foo'"): pa.search_run(run, gallery_modality="foo")
+    with pytest.raises(UserError, match="no such file"): pa.search_run(run, tmp_path / "none.jpg")
 
 
 def test_page_in_a_browser(page, tmp_path):
@@ -686,9 +709,9 @@ def test_page_in_a_browser(page, tmp_path):
 # ---------------------------------------------------------------- looking inside
 
 def test_attention_maps_are_kept_and_put_back(run, tiny):
-    from di2l.model import load_network
+    from di2l.runs.folder import load_network
     net, images = load_network(run)[0], cache_images(tiny[0], (96, 48))
-    maps = ev.attention_maps(net, images[[0, 1]], "visible")
+    maps = lo.attention_maps(net, images[[0, 1]], "visible")
     assert set(maps) == {"non_local2", "non_local3", "dpa"}
     for a in maps.values():
         assert a.shape[0] == 2 and a.shape[1] == a.shape[2]
@@ -699,15 +722,15 @@ def test_attention_maps_are_kept_and_put_back(run, tiny):
 def test_pair_distances_projection_and_hardest(tiny):
     data, features = tiny
     test, x = data.test, features[data.test.index]
-    groups = ev.pair_distances(x, test)
+    groups = lo.pair_distances(x, test)
     assert sum(map(len, groups.values())) == len(x) * (len(x) - 1) // 2
     i, j = next((i, j) for i in range(len(x)) for j in range(i) if test.pid.iloc[i] == test.pid.iloc[j] and test.modality.iloc[i] != test.modality.iloc[j])
     assert np.isclose(groups[True, False], np.linalg.norm(x[i].astype(float) - x[j])).any()
-    xy = ev.project(x)
+    xy = lo.principal_axes(x)
     true = np.linalg.eigvalsh(np.cov(x.T.astype(float)))[::-1][:2]
     np.testing.assert_allclose(xy.var(0, ddof=1), true, rtol=1e-9)
-    assert ev.project(x[:, :1]).shape == (len(x), 2)
+    assert lo.principal_axes(x[:, :1]).shape == (len(x), 2)
     protocol = sysu_protocol(data.records)
-    hard = ev.hardest_queries(features, data.records, protocol, n=4)
+    hard = lo.hardest_queries(features, data.records, protocol, n=4)
     per = ev.evaluate_protocol(features, data.records, protocol).trials[0].per_query
     assert np.allclose(hard.ap, np.sort(per["ap"][per["counts"]])[:4]) and (hard.pid != hard.rival_pid).all() and not ((hard.cam == 3) & (hard.rival_cam == 2)).any()

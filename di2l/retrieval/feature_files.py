@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['read_features', 'feature_protocols', 'evaluate_files', 'report', 'results_json']
 
-# %% ../../nbs/67_feature_files.ipynb #c75c6a6d
+# %% ../../nbs/67_feature_files.ipynb #bdc81230
 from pathlib import Path
 
 import numpy as np
 
 from ..console import UserError, one_of
 from ..eval import Protocol, evaluate_protocol, llcm_protocol, regdb_protocol, sysu_protocol
-from .checks import as_array, check_features, whole_numbers
+from .checks import check_features, whole_numbers
 
-# %% ../../nbs/67_feature_files.ipynb #9ccbb42e
+# %% ../../nbs/67_feature_files.ipynb #c6cfb9dc
 def read_features(
     path,  # `.npz` of any program
 ):         # features `(N,D)`, and a table of pid, cam and what else of frame and modality it holds
@@ -24,20 +24,22 @@ def read_features(
     if not path.is_file(): raise UserError(f"{path}: no such file; expected {wanted}")
     try:
         with np.load(path, allow_pickle=False) as file: data = {k: file[k] for k in file.files}
-    except Exception as e: raise UserError(f"{path}: not a readable .npz file ({e}); expected {wanted}") from None
+    except Exception as e:
+        raise UserError(f"{path}: not a readable .npz file ({e}); expected {wanted}") from None
     missing = [k for k in ("features", "pid", "cam") if k not in data]
     if missing:
         held = ", ".join(sorted(data)) or "nothing"
         raise UserError(f"{path}: holds {held}, but no {' and no '.join(missing)}; expected {wanted}")
     features = check_features(data["features"], f"{path}: features")
-    table = {k: whole_numbers(data[k], len(features), f"{path}: {k}") for k in ("pid", "cam", "frame") if k in data}
+    N, named = len(features), [k for k in ("pid", "cam", "frame") if k in data]
+    table = {k: whole_numbers(data[k], N, f"{path}: {k}") for k in named}
     if "modality" in data:
-        table["modality"] = as_array(data["modality"])
-        if table["modality"].shape != (len(features),):
-            raise UserError(f"{path}: modality has shape {table['modality'].shape}, expected ({len(features)},)")
+        table["modality"] = modality = data["modality"]
+        if modality.shape != (N,):
+            raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
     return features, pd.DataFrame(table)
 
-# %% ../../nbs/67_feature_files.ipynb #1b4789f6
+# %% ../../nbs/67_feature_files.ipynb #f6ab8a3d
 def _with_modality(records, protocol):
     "The records with a modality that is known."
     if "modality" not in records:
@@ -64,12 +66,14 @@ def feature_protocols(
     one_of(("sysu", "regdb", "llcm"), protocol=protocol)
     if protocol == "sysu":
         if "frame" not in records:
-            raise UserError("the features come without frame, which the SYSU-MM01 protocol draws its gallery by; add "
-                            "frame (N): the 1-based index of the image within its identity-and-camera folder")
+            raise UserError("the features come without frame, which the SYSU-MM01 protocol draws its gallery by; "
+                            "add frame (N): the 1-based index of the image in its identity-and-camera folder")
         strange = records["cam"][~records["cam"].between(1, 6)]
-        if len(strange): raise UserError(f"camera {strange.iloc[0]} in row {strange.index[0]} is none of SYSU-MM01's "
-                                         "cameras 1…6; correct cam, or choose another --protocol")
-        return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction or "infrared→visible")]
+        if len(strange):
+            raise UserError(f"camera {strange.iloc[0]} in row {strange.index[0]} is none of SYSU-MM01's cameras "
+                            "1…6; correct cam, or choose another --protocol")
+        direction = direction or "infrared→visible"
+        return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction)]
     records = _with_modality(records, protocol)
     directions = [direction] if direction else ["infrared→visible", "visible→infrared"]
     if protocol == "regdb": return [regdb_protocol(records, d) for d in directions]

@@ -13,7 +13,7 @@ import torch
 from ..console import UserError
 from ..eval import batch_features, distances, evaluate, skip_rule
 
-# %% ../../nbs/66_looking.ipynb #e4031f5e
+# %% ../../nbs/66_looking.ipynb #d4ca370d
 @torch.inference_mode()
 def attention_maps(
     net,       # network
@@ -30,6 +30,7 @@ def attention_maps(
     finally:
         for m in keepers.values(): m.keep_attention, m.attention = False, None
 
+# %% ../../nbs/66_looking.ipynb #21d65e6a
 def draw_attention(
     net,                 # network
     pixels,              # one image, uint8 `(1,3,H,W)`
@@ -59,7 +60,7 @@ def draw_attention(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/66_looking.ipynb #2a2ebce1
+# %% ../../nbs/66_looking.ipynb #17d8da15
 def pair_distances(
     features,            # `(N,D)`
     records,             # table of the same rows: pid, modality
@@ -83,14 +84,15 @@ def draw_distances(
     fig, axes = plt.subplots(1, 2, figsize=(6.4, 2.2), sharey=True)
     for ax, within, title in zip(axes, (True, False), ("within a modality", "across modalities")):
         for same, colour, label in ((True, "tab:green", "same"), (False, "tab:red", "different")):
-            ax.hist(groups[same, within], bins, density=True, alpha=.6, color=colour, label=label + " identity")
+            style = dict(density=True, alpha=.6, color=colour, label=label + " identity")
+            ax.hist(groups[same, within], bins, **style)
         ax.set(title=title, xlabel=f"{metric} distance")
     axes[0].set_ylabel("density")
     axes[1].legend(fontsize=7)
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/66_looking.ipynb #f9fc7fdb
+# %% ../../nbs/66_looking.ipynb #ad961947
 def principal_axes(
     features,  # `(N,D)`
 ):             # `(N,2)`
@@ -98,7 +100,7 @@ def principal_axes(
     x = np.asarray(features, np.float64)
     x = x - x.mean(0)
     _, _, axes = np.linalg.svd(x, full_matrices=False)
-    axes = np.concatenate([axes, np.zeros_like(axes)])[:2]                           # features of one dimension have one
+    axes = np.concatenate([axes, np.zeros_like(axes)])[:2]           # features of one dimension have one
     turn = np.sign(axes[np.arange(2), np.abs(axes).argmax(1)])
     return x @ (axes * np.where(turn == 0, 1, turn)[:, None]).T
 
@@ -118,14 +120,14 @@ def draw_projection(
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/66_looking.ipynb #a1603cc8
+# %% ../../nbs/66_looking.ipynb #3cbbc585
 def hardest_queries(
     features,            # `(N,D)`, one row for each row of `records`
     records,             # table with pid and cam
     protocol,            # `Protocol`; its first trial is looked at
     n=5,                 # how many
     metric="euclidean",  # "euclidean" or "cosine"
-):                       # table: query, pid, cam, ap, first_match, and the wrong image nearest to it: rival, …
+):                       # table: query, pid, cam, ap, first_match, and the nearest wrong image: rival, …
     "The queries with the lowest average precision, and what they were confused with."
     import pandas as pd
     query, gallery = np.asarray(protocol.query), np.asarray(protocol.galleries[0])
@@ -138,6 +140,6 @@ def hardest_queries(
     if rule: wrong = wrong & ~rule(pid[q, None], pid[gallery][None], cam[q, None], cam[gallery][None])
     first = np.where(wrong, d, np.inf).argmin(1)
     rival = gallery[first]
-    return pd.DataFrame(dict(query=q, pid=pid[q], cam=cam[q], ap=per["ap"][worst], first_match=per["hit"][worst],
-                             rival=rival, rival_pid=pid[rival], rival_cam=cam[rival],
-                             rival_distance=d[np.arange(len(q)), first]))
+    ap, hit, distance = per["ap"][worst], per["hit"][worst], d[np.arange(len(q)), first]
+    return pd.DataFrame(dict(query=q, pid=pid[q], cam=cam[q], ap=ap, first_match=hit, rival=rival,
+                             rival_pid=pid[rival], rival_cam=cam[rival], rival_distance=distance))

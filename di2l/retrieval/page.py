@@ -18,7 +18,7 @@ from ..eval import distances, extract_features, run_dataset, skip_rule
 from ..files import write_whole
 from .search import search
 
-# %% ../../nbs/65_retrieval_page.ipynb #87360f1b
+# %% ../../nbs/65_retrieval_page.ipynb #3e9f96e7
 def pictures(
     path,      # an image, or a folder that is searched for images
     modality,  # "visible" or "infrared"
@@ -36,7 +36,8 @@ class _Pictures:
     def __init__(self, paths, size): self.paths, self.size = paths.to_numpy(), size
 
     def __getitem__(self, rows):
-        return torch.from_numpy(np.stack([read_image(self.paths[r], self.size) for r in rows])).permute(0, 3, 1, 2)
+        found = np.stack([read_image(self.paths[r], self.size) for r in rows])
+        return torch.from_numpy(found).permute(0, 3, 1, 2)
 
 def _nearest_rows(features, query, gallery, k, metric, skip):
     "Distances and gallery rows `(Q,k)`; infinite where nothing is left."
@@ -156,7 +157,7 @@ filter();
 </script></body></html>
 """
 
-# %% ../../nbs/65_retrieval_page.ipynb #fd1b94dd
+# %% ../../nbs/65_retrieval_page.ipynb #32033d94
 def _thumbnail(path, height=150):
     "An image as a data URL."
     import base64, io
@@ -173,6 +174,7 @@ def _card(kind, path, words, number):
     text = "<br>".join(map(escape, words))
     return f'<figure class="{kind}" title="{escape(path)}">{image}<figcaption>{text}</figcaption></figure>'
 
+# %% ../../nbs/65_retrieval_page.ipynb #20b218c9
 def retrieval_page(
     table,              # what `retrieve` gave
     out,                # HTML file to write
@@ -182,13 +184,15 @@ def retrieval_page(
     from html import escape
     paths = sorted({*table["query_path"], *table["path"]})
     number, sections, options = {p: i for i, p in enumerate(paths)}, [], []
-    def known(row, prefix=""): return [f"{word} {row[prefix + word]}" for word in ("pid", "cam") if prefix + word in row]
+    def known(row, prefix=""):
+        return [f"{word} {row[prefix + word]}" for word in ("pid", "cam") if prefix + word in row]
     for q, hits in table.groupby("query", sort=True):
         rows = hits.to_dict("records")
         cards = [_card("query", rows[0]["query_path"], ["query", *known(rows[0], "query_")], number)]
         for r in rows:
             kind = {True: "right", False: "wrong"}.get(r.get("right"), "unknown")
-            cards.append(_card(f"result {kind}", r["path"], [f"{r['rank']}: {r['distance']:.4f}", *known(r)], number))
+            words = [f"{r['rank']}: {r['distance']:.4f}", *known(r)]
+            cards.append(_card(f"result {kind}", r["path"], words, number))
         sections.append(f'<section data-query="{q}">{"".join(cards)}</section>')
         options.append(f'<option value="{q}">{q}: {escape(Path(rows[0]["query_path"]).name)}</option>')
     page = dict(TITLE=escape(title), OPTIONS="".join(options), SECTIONS="\n".join(sections),
