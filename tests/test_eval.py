@@ -77,8 +77,8 @@ def draw(c):
 @given(cases)
 def test_equals_the_oracle(c):
     args = draw(c)
-    cmc, per = oracle(*(x.tolist() for x in args), c["skip"], c["once"])
-    call = lambda: ev.evaluate(*args, skip=c["skip"], by_identity=c["once"], block=c["block"])
+    cmc, per = oracle(*(x.tolist() for x in args), c["skip"], c["by_identity"])
+    call = lambda: ev.evaluate(*args, skip=c["skip"], by_identity=c["by_identity"], block=c["block"])
     if cmc is None:
         with pytest.raises(UserError): call()
     else: compare(call(), cmc, per)

@@ -34,7 +34,7 @@ def whole_numbers(
         raise UserError(f"{what} has to be whole numbers, found {values[:3]} … of type {values.dtype}")
     return values.astype(np.int64)
 
-# %% ../../nbs/75_checks.ipynb #72a701a0
+# %% ../../nbs/75_checks.ipynb #05521eaa
 def check_features(
     features,         # `(N,D)`, array or tensor
     what="features",  # how messages call them
@@ -55,7 +55,7 @@ def check_features(
         raise UserError(f"{what}: {len(bad)} of {len(x)} rows hold NaN or infinite values (first rows: "
                         f"{named(bad)}); they cannot be ranked, leave them out or make them again")
     largest = np.maximum(high, -low)
-    if largest.max() > 1e100:
+    if float(largest.max()) > 1e100:
         raise UserError(f"{what} reach {largest.max():.3g} in row {named(np.array([largest.argmax()]))}; "
                         "distances would overflow, scale them down")
     zero = np.flatnonzero(largest == 0)

@@ -39,7 +39,7 @@ def read_features(
             raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
     return features, pd.DataFrame(table)
 
-# %% ../../nbs/67_feature_files.ipynb #f6ab8a3d
+# %% ../../nbs/67_feature_files.ipynb #01ba2ffb
 def _with_modality(records, protocol):
     "The records with a modality that is known."
     if "modality" not in records:
@@ -66,12 +66,13 @@ def feature_protocols(
     one_of(("sysu", "regdb", "llcm"), protocol=protocol)
     if protocol == "sysu":
         if "frame" not in records:
-            raise UserError("the features come without frame, which the SYSU-MM01 protocol draws its gallery by; "
-                            "add frame (N): the 1-based index of the image in its identity-and-camera folder")
+            raise UserError("the features come without frame, which the SYSU-MM01 protocol draws its gallery "
+                            "by; add frame (N): the 1-based index of the image within its identity-and-camera "
+                            "folder")
         strange = records["cam"][~records["cam"].between(1, 6)]
         if len(strange):
-            raise UserError(f"camera {strange.iloc[0]} in row {strange.index[0]} is none of SYSU-MM01's cameras "
-                            "1…6; correct cam, or choose another --protocol")
+            raise UserError(f"camera {strange.iloc[0]} in row {strange.index[0]} is none of SYSU-MM01's "
+                            "cameras 1…6; correct cam, or choose another --protocol")
         direction = direction or "infrared→visible"
         return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction)]
     records = _with_modality(records, protocol)
