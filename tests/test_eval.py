@@ -241,7 +241,7 @@ def test_search_in_a_memory_map_and_a_crowd_of_ties(tmp_path):
     assert np.array_equal(se.search(q, g, 5, block=64)[1], by_sorting(q, g, 5)[1])
     g[:] = rng.normal(size=g.shape)
     assert np.array_equal(se.search(q, g, 20, block=700)[1], by_sorting(q, g, 20)[1])
-    with pytest.raises(UserError, match="k of at least 1"): se.search(q, g, 0)
+    with pytest.raises(UserError, match="k = 0: expected a whole number"): se.search(q, g, 0)
 
 
 def test_metrics_in_blocks():
@@ -524,7 +524,7 @@ BAD = {
     "shots": (lambda g: dict(shots=0), "shots"),
     "trials": (lambda g: dict(trials=0), "trials = 0: expected a whole number, 1 or more"),
     "modality": (lambda g: dict(protocol="llcm", modality=np.array(["thermal"] * len(g["pid"]))), "modality 'thermal' in row 0"),
-    "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: no such file"),
+    "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: not found"),
 }
 
 

@@ -13,7 +13,7 @@ from ..console import UserError, progress, whole
 from ..eval import between, torch_device, vectors
 from .checks import as_array, check_features, check_metric
 
-# %% ../../nbs/63_search.ipynb #c7c88a09
+# %% ../../nbs/63_search.ipynb #e98625d6
 def _tiles(gallery, metric, block):
     "First row and checked `vectors` of each tile of the gallery."
     for start in progress(range(0, len(gallery), block), "search", unit="tile"):
@@ -22,11 +22,11 @@ def _tiles(gallery, metric, block):
         yield start, vectors(check_features(part, "gallery features", metric, rows), metric)
 
 def _candidates(q, gallery, shift, metric, device, count, block):
-    "The largest float32 scores `(Q,count)`, their gallery rows, and the longest gallery vector."
-    x, longest, starts = (q - shift).float().to(device), 0.0, range(0, len(q), 1024)
+    "The largest float32 scores `(Q,count)`, their gallery rows, the longest gallery vector shifted and not."
+    x, longest, size, starts = (q - shift).float().to(device), 0.0, 0.0, range(0, len(q), 1024)
     found = [(torch.empty(len(x[i:i + 1024]), 0, device=device),) * 2 for i in starts]
     for start, g in _tiles(gallery, metric, block):
-        g = (g - shift).float().to(device)
+        size, g = max(size, float(g.square().sum(1).max().sqrt())), (g - shift).float().to(device)
         square = g.square().sum(1)
         longest = max(longest, float(square.max().sqrt()))
         for n, i in enumerate(starts):
@@ -35,7 +35,7 @@ def _candidates(q, gallery, shift, metric, device, count, block):
             score, at = score.topk(min(count, score.shape[1]), dim=1)
             found[n] = score, row.gather(1, at)
     score, row = (torch.cat(parts).cpu() for parts in zip(*found))
-    return score.double(), row, longest
+    return score.double(), row, longest, size
 
 # %% ../../nbs/63_search.ipynb #1c88703d
 def _nearest(d, row, k):
@@ -60,7 +60,7 @@ def _by_distance(q, gallery, k, metric, block):
         d, row = _nearest(torch.cat([d, between(q, g, metric)], 1), torch.cat([row, new], 1), k)
     return d, row
 
-# %% ../../nbs/63_search.ipynb #6ddb7a9b
+# %% ../../nbs/63_search.ipynb #ccceba9b
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -84,9 +84,10 @@ def search(
     try:
         for count in (k + 16, 16 * (k + 16)):
             if not len(left): break
-            score, row, longest = _candidates(q[left], gallery, shift, metric, device, count, block)
+            score, row, longest, size = _candidates(q[left], gallery, shift, metric, device, count, block)
             d, r = _settle(q[left], gallery, row, k, metric)
-            error = 2.0**-24 * (D + 16) * (length[left] + longest) * longest
+            error = 2.0**-24 * (D + 16) * (length[left] + longest) * longest + 2.0**-120 * D  # of float32
+            error += 2.0**-52 * (D + 16) * (q[left].norm(dim=1) + size).square()              # of the distances
             reach = d[:, -1].square() if metric == "euclidean" else 2 * d[:, -1]
             sure = (reach < length[left].square() - 2 * (score[:, -1] + error)) | (count >= len(gallery))
             dist[left[sure]], rows[left[sure]] = d[sure], r[sure]
