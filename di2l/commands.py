@@ -89,9 +89,10 @@ def train(
     if json: write_whole(json, (run / "summary.json").read_bytes())
 
 # %% ../nbs/68_commands.ipynb #1446da65
-_EVERY = {"metric", "expand", "rerank", "device", "json"}
+_EVERY = {"metric", "expand", "rerank", "json"}
 _USES = {                                                    # form of the command: options with a part in it
-    "--run": {"run", "mode", "shots", "permutations", "seed", "direction", "flip", "root", *_EVERY},
+    "--run": {"run", "mode", "shots", "permutations", "seed", "direction", "flip", "root",
+              "device", *_EVERY},
     "--gallery": {"features", "gallery", "skip", *_EVERY},
     "--protocol sysu": {"features", "protocol", "mode", "shots", "permutations", "seed", "trials",
                         "direction", *_EVERY},
@@ -139,7 +140,7 @@ def evaluate(
     expand: int = 0,            # query expansion: gallery images that join each query
     rerank: bool = False,       # k-reciprocal re-ranking
     root: path = None,          # dataset folder, where it is not the one trained on
-    device: str = None,         # cpu, cuda, cuda:1 …
+    device: str = None,         # with --run: cpu, cuda, cuda:1 …
     json: path = None,          # write the result there
 ):
     "Evaluate a training run, or the features of any program, by the official protocol."
@@ -161,10 +162,11 @@ def _scores(form, *, run, features, gallery, protocol, mode, shots, permutations
     from di2l.retrieval.feature_files import evaluate_files, feature_protocols, read_features
     from di2l.retrieval.rerank import after_steps
     direction = direction and direction_of(direction)
-    how = dict(metric=metric, device=device, **after_steps(expand, rerank, metric, device))
+    how = dict(metric=metric, compare=after_steps(expand, rerank, metric))
     if form == "--run":
         how |= dict(mode=mode, shots=shots, direction=direction, permutations=permutations, seed=seed or 0)
-        return pool_trials([r for one in _runs(run) for r in evaluate_run(one, root, flip=flip, **how)])
+        how |= dict(flip=flip, device=device)
+        return pool_trials([r for one in _runs(run) for r in evaluate_run(one, root, **how)])
     if form == "--gallery": return [evaluate_files(features, gallery, skip, **how)]
     table, records = read_features(features)
     drawn = dict(mode=mode or "all", shots=shots or 1, seed=seed or 0, trials=trials or 10)
@@ -212,14 +214,14 @@ def experiments(
     json: path = None,           # write the status there
 ):
     "Make or list the records behind every table and figure."
-    from di2l.experiments import chosen, make, status
+    from di2l.experiments import make, status
     one_of(("make", "status", "readme"), what=what)
     if what == "readme":
         from di2l.results.readme import fill_readme
         return write_whole("README.md", fill_readme(Path("README.md").read_text(encoding="utf-8"), results))
     failed = make(only, workers, data, runs, results) if what == "make" else []
-    table = status(results)
-    print(table[[chosen(name, only) for name in table.experiment]].to_string(index=False))
+    table = status(results, only)
+    print(table.to_string(index=False))
     if json: write_whole(json, table.to_json(orient="records"))
     if failed: raise UserError(f"{len(failed)} runs failed: " + "; ".join(f"{n}: {e}" for n, e in failed))
 
@@ -230,5 +232,5 @@ def reproduce(
     json: path = None,    # write the outcome there
 ):
     "Write the embedded benchmark, train DI2L on it, evaluate it, draw."
-    from di2l.experiments import reproduce
+    from di2l.results.readme import reproduce
     _write_json(json, reproduce(data, runs))

@@ -18,7 +18,7 @@ import numpy as np
 
 from .console import UserError, one_of, progress, whole
 from .data.records import read_sysu
-from .eval import default_device
+from .eval import torch_device
 from .files import read_json, sha256, write_whole
 from .model import METHODS, CAJMethod, DI2LMethod
 from .results.gallery import gallery_on_record, write_gallery
@@ -324,5 +324,5 @@ def complete(
 ):
     "Make what is missing of some experiments' records, so that a notebook can draw them."
     place = {k: Path(folder) / k for k in ("data", "runs", "results")}
-    failed = make(",".join(names), 1 if default_device().type == "cuda" else os.cpu_count() or 1, **place)
+    failed = make(",".join(names), 1 if torch_device().type == "cuda" else os.cpu_count() or 1, **place)
     if failed: raise UserError("; ".join(f"{name}: {error}" for name, error in failed))

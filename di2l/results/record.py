@@ -14,7 +14,7 @@ import torch
 
 from ..data.cache import cache_images
 from ..data.records import class_labels, hold_out, read_dataset
-from ..eval import default_device, distances, evaluate, evaluate_protocol, extract_features, protocols
+from ..eval import torch_device, distances, evaluate, evaluate_protocol, extract_features, protocols
 from ..files import read_json, versions
 from ..rca import normalise
 from ..retrieval.looking import attention_maps
@@ -115,7 +115,7 @@ def score(
 ):                # what a record holds about the outcome, and (network, `Dataset`, `ImageCache`, features)
     "Everything that a record holds about an outcome."
     net, info = load_network(folder)
-    c, device = info["config"], device or default_device()
+    c, device = info["config"], device or torch_device()
     dataset = read_dataset(c["dataset"], c["root"], c["trial"])
     if c["hold_out"]: dataset = hold_out(dataset)
     records, images = dataset.records, cache_images(dataset, size=tuple(c["size"]))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..console import UserError, one_of, whole
-from ..data.cache import is_image, read_image
+from ..data.cache import read_image
+from ..data.files import is_image
 from ..eval import distances, extract_features, run_dataset, skip_rule
 from ..files import write_whole
 from .search import search

@@ -148,7 +148,8 @@ def read_benchmark(
     if not isinstance(found, dict) or not {"content", "images", "settings"} <= found.keys():
         raise UserError(f"{out / 'benchmark.json'}: is damaged; {todo}")
     if deep:
-        names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {"benchmark.json"}
+        files = (p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+        names = {n for n in files if n != "benchmark.json" and not n.startswith(".di2l_cache/")}
         now = content_digest([(name, sha256((out / name).read_bytes())) for name in names])
         if now != found["content"]:
             raise UserError(f"{out}: its files are not those that were written (sha256 {now[:12]}…, expected "
