@@ -60,7 +60,7 @@ def _by_distance(q, gallery, k, metric, block):
         d, row = _nearest(torch.cat([d, between(q, g, metric)], 1), torch.cat([row, new], 1), k)
     return d, row
 
-# %% ../../nbs/63_search.ipynb #ccceba9b
+# %% ../../nbs/63_search.ipynb #b5b052c2
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -87,7 +87,7 @@ def search(
             score, row, longest, size = _candidates(q[left], gallery, shift, metric, device, count, block)
             d, r = _settle(q[left], gallery, row, k, metric)
             error = 2.0**-24 * (D + 16) * (length[left] + longest) * longest + 2.0**-120 * D  # of float32
-            error += 2.0**-52 * (D + 16) * (q[left].norm(dim=1) + size).square()              # of the distances
+            error += 2.0**-52 * (D + 16) * (q[left].norm(dim=1) + size).square()     # of the distances
             reach = d[:, -1].square() if metric == "euclidean" else 2 * d[:, -1]
             sure = (reach < length[left].square() - 2 * (score[:, -1] + error)) | (count >= len(gallery))
             dist[left[sure]], rows[left[sure]] = d[sure], r[sure]
