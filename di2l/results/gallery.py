@@ -106,7 +106,8 @@ def write_gallery(
     sheet, *texts = _files(name, results)
     sheet.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(lines.reshape(-1, across * W, 3)).save(sheet, optimize=True)
-    for path, content in zip(texts, (text, dict(identity=record["identity"], tiles=queries, **looked))):
+    pixels = dict(identity=record["identity"], network="the run on record", tiles=queries, **looked)
+    for path, content in zip(texts, (text, pixels)):
         write_whole(path, json.dumps(tidy(content, 4), ensure_ascii=False) + "\n")
 
 def _files(name, results):
@@ -120,16 +121,16 @@ _AGAIN = "delete it; `make results` makes it again"
 def gallery_on_record(
     name,               # of an experiment in `GALLERIES`
     results="results",  # folder of the records
-):                      # whether its gallery is complete, and of the run that is on record
+):                      # whether its gallery is there, and of the run that is on record
     "Galleries go stale as records do."
-    files, record = _files(name, results), record_path(name, 0, 0, results)
-    if not all(path.exists() for path in (*files, record)): return False
-    return len({read_json(path, _AGAIN)["identity"] for path in (*files[1:], record)}) == 1
+    (sheet, text, _), record = _files(name, results), record_path(name, 0, 0, results)
+    if not all(path.exists() for path in (sheet, text, record)): return False
+    return read_json(text, _AGAIN)["identity"] == read_json(record, _AGAIN)["identity"]
 
 def read_gallery(
     name,               # of an experiment in `GALLERIES`
     results="results",  # folder of the records
-):                      # what `write_gallery` wrote; `tiles` `(T,H,W,3)` uint8, `pixels` the pixel attention
+):                      # what `write_gallery` wrote, its `tiles` `(T,H,W,3)`, and `pixels`, or None
     "A gallery on record; a `UserError` says where there is none, or a stale one."
     from PIL import Image
     sheet, text, pixels = _files(name, results)
@@ -138,4 +139,7 @@ def read_gallery(
     gallery = read_json(text, _AGAIN)
     H, W = gallery["size"]
     lines = np.asarray(Image.open(sheet)).reshape(-1, H, gallery["across"], W, 3)
-    return dict(gallery, tiles=lines.swapaxes(1, 2).reshape(-1, H, W, 3), pixels=read_json(pixels, _AGAIN))
+    looked = read_json(pixels, _AGAIN) if pixels.exists() else {}
+    fresh = looked.get("identity") == gallery["identity"]
+    tiles = lines.swapaxes(1, 2).reshape(-1, H, W, 3)
+    return dict(gallery, tiles=tiles, pixels=looked if fresh else None)
