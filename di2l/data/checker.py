@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'check_image', 'Report', 'verify']
 
-# %% ../../nbs/53_dataset_checker.ipynb #6a594cd3
-import os, re, warnings
+# %% ../../nbs/53_dataset_checker.ipynb #5ee1a360
+import io, os, warnings
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ..console import UserError, one_of
-from .cache import AGAIN, content_hash, decode, in_parallel, open_image, read_bytes
-from .files import (collect, complain, dataset_root, few, is_closed, is_image, is_number, listing,
-                             read_list)
-from .records import (COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS, llcm_images, regdb_images,
-                               sysu_images)
+from .cache import content_hash, decode, in_parallel, open_image, read_bytes
+from .files import AGAIN, collect, complain, dataset_root, is_image, listing
+from .permutations import read_permutations
+from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS
+from .records import llcm_images, regdb_images, sysu_images
 
-# %% ../../nbs/53_dataset_checker.ipynb #1e28952c
+# %% ../../nbs/53_dataset_checker.ipynb #fc0395c0
 _SYSU_IMAGES = {1: 6289, 2: 7528, 3: 9812, 4: 8030, 5: 8224, 6: 5980}
 
 EXPECTED = {  # {dataset: {what: number}}
@@ -33,192 +33,108 @@ EXPECTED = {  # {dataset: {what: number}}
              "train identities": 713, "train, visible images": 16946, "train, infrared images": 13975,
              "test identities": 351, "test, visible images": 8680, "test, infrared images": 7166}}
 
-def _chosen(t, split=None, modality=None):
-    "Rows of a table of images."
-    return t[(t.split == split if split else True) & (t.modality == modality if modality else t.pid == t.pid)]
-
 def _frame(rows):
     import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS[:-1])
 
-# %% ../../nbs/53_dataset_checker.ipynb #ce9a5997
-def _gaps(t):
-    "(camera, files) that the numbers of an identity's images leave out: `cam1/0001/0003.*`."
-    gaps = []
-    for (cam, folder), paths in t.path.groupby([t.cam, t.path.str.rpartition("/")[0]]):
-        stems = [PurePosixPath(p).stem for p in paths]
-        if not all(map(is_number, stems)): continue
-        width, numbers = max(map(len, stems)), [0, *sorted(map(int, stems))]
-        for a, b in zip(numbers, numbers[1:]):
-            name = lambda k: f"{folder}/{k:0{width}d}.*"
-            if b - a > 100: gaps.append((cam, f"{name(a + 1)} … {b - 1:0{width}d}.*"))  # `b` counts no images
-            else: gaps += [(cam, name(k)) for k in range(a + 1, b)]
-    return gaps
+def _where(t, **values):
+    "Rows of a table with these values."
+    for column, value in values.items(): t = t[t[column] == value]
+    return t
 
-# %% ../../nbs/53_dataset_checker.ipynb #2ab8c9b3
+# %% ../../nbs/53_dataset_checker.ipynb #1384a1a3
 def _by_permutations(root, t, path):
     "Complain of folders with another number of images than the permutations have."
-    from scipy.io import loadmat
-    try: table = loadmat(os.fspath(path))["rand_perm_cam"]
-    except Exception as e:
-        raise UserError(f"{path}: cannot be read as the official rand_perm_cam.mat ({e}); get it from "
-                        "SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)") from None
-    wanted = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1) for p, (o,) in enumerate(cam, 1)}
+    wanted = {(c, p): order.shape[1] for c, people in enumerate(read_permutations(path), 1)
+              for p, order in enumerate(people, 1)}
     found = t.groupby(["cam", "pid"]).size().to_dict()
     for cam, pid in sorted({*wanted, *found}):
         n, want = found.get((cam, pid), 0), wanted.get((cam, pid), 0)
-        if n != want: complain(f"{root / f'cam{cam}/{pid:04d}'}: has {n} images, {want} are expected; "
-                               f"{AGAIN.replace('it', 'the folder', 1)}")
+        if n != want: complain(f"{root}/cam{cam}/{pid:04d}: has {n} images, {want} are expected; {AGAIN}")
 
-def _by_numbers(root, t, permutations):
-    "Complain of numbers left out where a camera has too few images; notes on the others."
-    have = t.cam.value_counts().reindex(_SYSU_IMAGES, fill_value=0).to_dict()
-    short = [] if permutations else [c for c in have if have[c] < _SYSU_IMAGES[c]]
-    gaps, notes = _gaps(t), []
-    for cam, files in gaps:
-        if cam in short: complain(f"{root / files}: is missing; {AGAIN}")
-    if not permutations and have != _SYSU_IMAGES:
-        notes.append("the cameras' counts differ from those expected: `--permutations rand_perm_cam.mat`, "
-                     "the authors' file, names every folder with too few or too many images")
-    left = [files for cam, files in gaps if cam not in short]
-    if left: notes.append(f"{len(left)} gaps in the numbers of images, whose cameras have no fewer than "
-                          f"expected; `--permutations rand_perm_cam.mat` tells whether one was moved: "
-                          f"{few(left, 25)}")
-    return notes
+def _by_numbers(root, t):
+    "Complain of numbers that an identity's images leave out, where its camera has too few images."
+    for (cam, folder), paths in t.path.groupby([t.cam, t.path.str.rpartition("/")[0]]):
+        stems = [Path(p).stem for p in paths]
+        if (t.cam == cam).sum() >= _SYSU_IMAGES[cam] or not all(stem.isdecimal() for stem in stems): continue
+        numbers = {int(stem) for stem in stems}
+        for k in range(1, min(max(numbers), 1000)):  # more than a thousand are no count of images
+            if k not in numbers: complain(f"{root / folder}/{k:04d}.*: is missing; {AGAIN}")
 
-# %% ../../nbs/53_dataset_checker.ipynb #90e14eaf
-def _check_sysu(root, official, permutations):
-    "(rows, counts, notes)"
-    rows, notes = sysu_images(root), []
+# %% ../../nbs/53_dataset_checker.ipynb #d2d1ebee
+def _check_sysu(root):
+    "(rows, counts)"
+    rows = sysu_images(root)
     t = _frame(rows)
-    seen = t.groupby("pid").modality.nunique()
-    alone = int((seen == 1).sum())
-    if alone: notes.append(f"{alone} identities have one modality only; they are neither trained on nor "
-                           "tested (22 in the official dataset, which stand in no split)")
-    if official and permutations: _by_permutations(root, t, permutations)
-    if official: notes += _by_numbers(root, t, permutations)
-    test, visible = _chosen(t, "test"), {"all": (1, 2, 4, 5), "indoor": (1, 2)}
-    counts = {f"{m} images": len(_chosen(t, None, m)) for m in MODALITIES}
-    counts |= {f"camera {c} ({m})": int((t.cam == c).sum()) for c, m in SYSU_CAMERAS.items()}
-    counts["identities with both modalities"] = int((seen == 2).sum())
-    counts |= {f"{s} identities": _chosen(t, s).pid.nunique() for s in ("train", "val", "test")}
-    counts["queries (infrared test images)"] = len(_chosen(t, "test", "infrared"))
-    for mode, cams in visible.items():
+    test = _where(t, split="test")
+    counts = {f"{m} images": len(_where(t, modality=m)) for m in MODALITIES}
+    counts |= {f"camera {c} ({m})": len(_where(t, cam=c)) for c, m in SYSU_CAMERAS.items()}
+    counts["identities with both modalities"] = int((t.groupby("pid").modality.nunique() == 2).sum())
+    counts |= {f"{s} identities": _where(t, split=s).pid.nunique() for s in ("train", "val", "test")}
+    counts["queries (infrared test images)"] = len(_where(test, modality="infrared"))
+    for mode, cams in {"all": (1, 2, 4, 5), "indoor": (1, 2)}.items():
         pool = test[test.cam.isin(cams)].drop_duplicates(["pid", "cam"])
         counts[f"single-shot gallery, {mode}-search"] = len(pool)
-    return rows, counts, notes
+    return rows, counts
 
-# %% ../../nbs/53_dataset_checker.ipynb #dcea2095
-def _contradictions(root, trial, split):
-    "Complain of labels that are not those of the other images of the same person."
-    import pandas as pd
-    lists = [f"idx/{split}_{kind}_{trial}.txt" for kind in ("visible", "thermal")]
-    rows = [(name, path, PurePosixPath(path).parent.name, label)
-            for name in lists for path, label in read_list(root, name)]
-    t = pd.DataFrame(rows, columns=["name", "path", "person", "label"])
-    usual = t.groupby("person").label.agg(lambda labels: labels.mode()[0])
-    for name, path, person, label in t[t.label != t.person.map(usual)].itertuples(index=False):
-        complain(f"{root / name}: gives {path} the label {label}, and other images of identity {person} the "
-                 f"label {usual[person]}; an identity has one label in a split: correct the line, or take "
-                 "the file again from the authors")
-
-# %% ../../nbs/53_dataset_checker.ipynb #9e3d7c5d
-def _check_regdb(root, official, permutations):
-    "(rows, counts, notes)"
+# %% ../../nbs/53_dataset_checker.ipynb #c9dffdd0
+def _check_regdb(root):
+    "(rows, counts)"
     rows, lists = set(), {}
     for trial in range(1, 11):
         for path, pid, cam, modality, split in regdb_images(root, trial):
-            kind = "visible" if modality == "visible" else "thermal"
-            name = f"idx/{split}_{kind}_{trial}.txt"
+            name = f"idx/{split}_{'visible' if cam == 1 else 'thermal'}_{trial}.txt"
             lists[name] = lists.get(name, 0) + 1
             rows.add((path, pid, cam, modality, "listed"))
-        for split in "train", "test": _contradictions(root, trial, split)
-    t, rows = _frame(sorted(rows)), sorted(rows)
+    t = _frame(sorted(rows))
     both = t.groupby(["pid", "modality"]).size().unstack(fill_value=0)
     counts = {"identities": t.pid.nunique(),
-              **{f"{m} images": len(_chosen(t, None, m)) for m in MODALITIES},
+              **{f"{m} images": len(_where(t, modality=m)) for m in MODALITIES},
               "identities with 10 + 10 images": int((both == 10).all(axis=1).sum()),
               "complete lists": sum(n == 2060 for n in lists.values())}
-    if official: counts |= {name: n for name, n in lists.items() if n != 2060}
-    return rows, counts, []
+    return rows, counts | {name: n for name, n in lists.items() if n != 2060}
 
-# %% ../../nbs/53_dataset_checker.ipynb #59ddc64f
-_LLCM_NAME = re.compile(r"(\d{1,9})_c(\d{1,9})_.*_(vis|nir)\.[a-z]+")
-
-def _misnamed(root, rows):
-    "Complain of LLCM's images whose names tell another place; notes."
-    found = []
-    for path, pid, cam, modality, _ in rows:
-        said = _LLCM_NAME.fullmatch(PurePosixPath(path).name.lower())
-        said = said and (int(said[1]), int(said[2]), MODALITIES[said[3] == "nir"])
-        if said and said != (pid, cam, modality):
-            found.append(f"{root / path}: is misplaced: its name says identity {said[0]}, camera {said[1]}, "
-                         f"{said[2]}, and its place identity {pid}, camera {cam}, {modality}; "
-                         f"move it where it belongs, or {AGAIN}")
-    if len(found) > len(rows) / 10:
-        return [f"the names of {len(found)} images tell another identity, camera or modality than their "
-                f"place, which is used; the names seem to be of another kind. The first: {found[0]}"]
-    for message in found: complain(message)
-    return []
-
-def _check_llcm(root, official, permutations):
-    "(rows, counts, notes)"
+def _check_llcm(root):
+    "(rows, counts)"
     rows = llcm_images(root)
-    t, counts = _frame(rows), {}
+    t = _frame(rows)
+    counts = {"images": len(t), "identities": t.pid.nunique()}
     for s in "train", "test":
-        counts[f"{s} identities"] = _chosen(t, s).pid.nunique()
-        counts |= {f"{s}, {m} images": len(_chosen(t, s, m)) for m in MODALITIES}
-    return rows, {"images": len(t), "identities": t.pid.nunique(), **counts}, _misnamed(root, rows)
+        counts[f"{s} identities"] = _where(t, split=s).pid.nunique()
+        counts |= {f"{s}, {m} images": len(_where(t, split=s, modality=m)) for m in MODALITIES}
+    return rows, counts
 
-# %% ../../nbs/53_dataset_checker.ipynb #5bb77271
-def _walk(folder, followed):
+# %% ../../nbs/53_dataset_checker.ipynb #446487df
+def _walk(folder):
     "Paths of all images below a folder."
-    for entry in listing(folder):
-        if not entry.is_dir():
-            if is_image(entry.name): yield Path(entry.path)
-            continue
-        target = Path(entry.path).resolve() if entry.is_symlink() else None
-        if target and any(target.is_relative_to(f) or f.is_relative_to(target) for f in followed): continue
-        if target: followed.add(target)
-        yield from _walk(entry.path, followed)
+    here = Path(folder).resolve()
+    for entry in listing(folder) or ():
+        if not entry.is_dir() and is_image(entry.name): yield Path(entry.path)
+        elif entry.is_dir() and not here.is_relative_to(os.path.realpath(entry.path)):
+            yield from _walk(entry.path)
 
-# %% ../../nbs/53_dataset_checker.ipynb #bd284a68
-_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}  # how a whole JPEG and PNG end, by how they begin
-
-def _ended_jpeg(data):
-    "Whether the end-of-image marker comes after the pixels begin."
+# %% ../../nbs/53_dataset_checker.ipynb #e27eaea3
+def _ended(data):
+    "Whether a JPEG or PNG has its end; other kinds do not say."
+    if data[:2] != b"\xff\xd8": return data[:2] == b"\x89P" and b"IEND" in data[-64:]
     at = 2
     while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda":  # fill byte, or part of the header
         at += 1 if data[at + 1:at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2:at + 4], "big")
     return b"\xff\xd9" in data[at:]
 
-def _decoded(file):
-    "The content of an image, all of which was decoded."
-    data = read_bytes(file)
-    decode(data, file=file)
-    if data[:2] == b"\xff\xd8" and not _ended_jpeg(data):
-        raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
-    return data
-
 def check_image(
     file,  # path
     deep,  # decode all of it; otherwise only if its end is missing, or its kind has none
-):         # hash of its content if deep
+):         # hash of its content
     "Raises `UserError` for an image that cannot be used."
-    if deep: return content_hash(_decoded(file))
-    if not os.path.isfile(file) or not os.path.getsize(file): return read_bytes(file)
-    try:
-        with open(file, "rb") as f:
-            begin = f.read(2)
-            f.seek(max(0, os.path.getsize(file) - 64))
-            end = f.read()
-            f.seek(0)
-            open_image(file, f)
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror}); check its permissions or {AGAIN}") from None
-    if begin not in _ENDS or _ENDS[begin] not in end: _decoded(file)
+    data = read_bytes(file)
+    open_image(file, io.BytesIO(data))
+    if deep or not _ended(data): decode(data, file=file)
+    if data[:2] == b"\xff\xd8" and not _ended(data):
+        raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
+    return content_hash(data)
 
-# %% ../../nbs/53_dataset_checker.ipynb #77261a35
+# %% ../../nbs/53_dataset_checker.ipynb #d16b4932
 @dataclass
 class Report:
     "What the checker found."
@@ -250,24 +166,16 @@ class Report:
         return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=self.checks.to_dict("records"),
                     problems=problems, notes=self.notes)
 
-def _checks(counts, expected):
+# %% ../../nbs/53_dataset_checker.ipynb #0725ef4c
+def _table(counts, expected):
     "The table of a report."
     import pandas as pd
-    lists = {what: 2060 for what in counts if what.startswith("idx/")}       # RegDB's
-    rows = [(what, {**lists, **expected}.get(what), n) for what, n in counts.items()]
+    lists = {what: 2060 for what in counts if what.startswith("idx/")} if expected else {}
+    rows = [(what, (lists | expected).get(what), n) for what, n in counts.items()]
     rows = [(what, want, n, want in (None, n)) for what, want, n in rows]
     return pd.DataFrame(rows, columns=["what", "expected", "found", "ok"], dtype=object).astype({"ok": bool})
 
-# %% ../../nbs/53_dataset_checker.ipynb #d90d0bdf
-def _look_into(files, root, deep, workers):
-    "(problems, notes) of images."
-    same = {}
-    def one(i):
-        found = check_image(root / files[i], deep)
-        if deep: same.setdefault(found, []).append(files[i])
-    problems = in_parallel(one, len(files), "decode" if deep else "headers", workers)
-    return problems, [f"{', '.join(sorted(v))} have the same content" for v in same.values() if len(v) > 1]
-
+# %% ../../nbs/53_dataset_checker.ipynb #7f05b8eb
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
@@ -278,21 +186,27 @@ def verify(
     "Everything that is missing, unreadable, truncated or misplaced, and the counts beside those known."
     one_of(FOLDERS, dataset=name)
     root = Path(root).expanduser()
-    is_closed(root)  # raises: there is nothing to collect
+    listing(root)  # a closed folder is no report
     benchmark, standin = (os.path.isfile(root / f"{n}.json") for n in ("benchmark", "standin"))
-    check = {"sysu": _check_sysu, "regdb": _check_regdb, "llcm": _check_llcm}[name]
-    with collect() as problems, warnings.catch_warnings(record=True) as said:
+    notes, same = [], {}
+    with collect() as problems, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         dataset_root(root, *FOLDERS[name])
-        rows, counts, notes = check(root, not benchmark, permutations)
-        images = [f.relative_to(root).as_posix() for f in _walk(root, {root.resolve()})]
-        known = {r[0] for r in rows}  # a reader may know what a walk misses
-        for p in sorted(images) if not is_closed(root / "idx") else ():
-            if p not in known: complain(f"{root / p}: is misplaced: no identity's folder or list of the "
-                                        "dataset holds it; move it where it belongs or away")
-    notes += [str(w.message) for w in said if w.category is UserWarning]
-    bad, more = _look_into(sorted({*images, *known}), root, deep, workers)
+        rows, counts = {"sysu": _check_sysu, "regdb": _check_regdb, "llcm": _check_llcm}[name](root)
+        checks = _table(counts, {} if benchmark else EXPECTED[name])
+        if name == "sysu" and not benchmark:
+            if permutations: _by_permutations(root, _frame(rows), permutations)
+            else: _by_numbers(root, _frame(rows))
+            if not permutations and not checks.ok.all():
+                notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")
+        images, known = {f.relative_to(root).as_posix() for f in _walk(root)}, {row[0] for row in rows}
+        for path in sorted(images - known) if listing(root / "idx") is not None else ():
+            complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
+    files = sorted(images | known)  # a list may name what a walk does not take for an image
+    def one(i): same.setdefault(check_image(root / files[i], deep), []).append(files[i])
+    problems += in_parallel(one, len(files), "decode" if deep else "headers", workers)
+    notes += [str(w.message) for w in told if w.category is UserWarning]
     if benchmark: notes.append("benchmark.json: this is the embedded benchmark, whose counts are its own")
     if standin: notes.append("standin.json: this is a stand-in with flat-coloured images, not the dataset")
-    checks = _checks(counts, {} if benchmark else EXPECTED[name])
-    return Report(name, root, checks, list(dict.fromkeys(problems + bad)), notes + sorted(more))
+    copies = [f"{', '.join(sorted(v))} have the same content" for v in same.values() if len(v) > 1 and deep]
+    return Report(name, root, checks, list(dict.fromkeys(problems)), notes + sorted(copies))

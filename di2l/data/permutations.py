@@ -30,7 +30,7 @@ def draw_gallery(
     place = np.arange(len(order)) - starts[np.cumsum(new) - 1]               # within identity and camera
     return np.sort(candidates.index.to_numpy()[order[place < shots]])
 
-# %% ../../nbs/74_permutations.ipynb #2e210221
+# %% ../../nbs/74_permutations.ipynb #6822f9a4
 _SOURCE = "rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)"
 
 def _check_order(path, camera, pid, order):
@@ -46,42 +46,31 @@ def read_permutations(
 ):         # [camera − 1][identity − 1] → permutations of 1…n, `(trials, n)`
     "The official gallery draws."
     from scipy.io import loadmat
+    if not os.path.exists(path): raise UserError(f"{path}: not found; get {_SOURCE}")
     try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(os.fspath(path))["rand_perm_cam"]]
-    except OSError as e:
-        missing = isinstance(e, FileNotFoundError)
-        why = "not found" if missing else f"cannot be read ({e.strerror or e})"
-        raise UserError(f"{path}: {why}; get {_SOURCE}, or leave it out to draw galleries by seed") from None
-    except Exception:
-        raise UserError(f"{path}: is not the official rand_perm_cam.mat; get {_SOURCE}") from None
+    except Exception as e:
+        raise UserError(f"{path}: is not the official rand_perm_cam.mat ({e!r}); get {_SOURCE}") from None
     for camera, people in enumerate(table, 1):
         for pid, order in enumerate(people, 1): _check_order(path, camera, pid, np.asarray(order))
     return table
 
-# %% ../../nbs/74_permutations.ipynb #6ef2a5da
+# %% ../../nbs/74_permutations.ipynb #a747c0a8
 def official_galleries(
     candidates,    # table to choose from: pid, cam, frame
     shots,         # images of each identity and camera
-    permutations,  # path of `rand_perm_cam.mat`, or what `read_permutations` returns
+    permutations,  # path of `rand_perm_cam.mat`
     trials,        # 1…10
 ):                 # rows of each trial, sorted
     "The galleries that SYSU-MM01's authors drew."
-    isfile = isinstance(permutations, (str, os.PathLike))
-    table = read_permutations(permutations) if isfile else permutations
-    chosen = [[] for _ in range(trials)]
+    table, chosen = read_permutations(permutations), [[] for _ in range(trials)]
     for (cam, pid), group in candidates.sort_values("frame").groupby(["cam", "pid"]):
         known = 1 <= cam <= len(table) and 1 <= pid <= len(table[cam - 1])
         order = table[cam - 1][pid - 1] if known else np.empty((trials, 0))
         frames, n = group.frame.to_numpy(), order.shape[1]
         if n != len(frames) or (frames != np.arange(1, n + 1)).any():
-            raise UserError(
-                f"camera {cam}, identity {pid}: {len(frames)} images with frames {_few(frames)}, and the "
-                f"official permutations are of {n}, counted from 1; they fit the complete SYSU-MM01 only: "
-                "check the data, or leave the permutations out to draw galleries by seed")
+            raise UserError(f"camera {cam}, identity {pid}: {len(frames)} images, frames {frames[:6].tolist()}, "
+                            f"and the official permutations are of {n}, counted from 1; check the data")
         if trials > len(order):
             raise UserError(f"{trials} trials; the official permutations have {len(order)}")
         for t in range(trials): chosen[t].append(group.index.to_numpy()[order[t, :shots].astype(int) - 1])
     return [np.sort(np.concatenate(rows)) for rows in chosen]
-
-def _few(numbers):
-    "The first few numbers as text."
-    return ", ".join(map(str, numbers[:6])) + (" …" if len(numbers) > 6 else "")

@@ -6,7 +6,7 @@
 __all__ = ['MODALITIES', 'COLUMNS', 'SYSU_CAMERAS', 'FOLDERS', 'Dataset', 'sysu_images', 'read_sysu', 'regdb_images',
            'read_regdb', 'llcm_images', 'read_llcm', 'read_dataset', 'hold_out', 'class_labels', 'IdentitySampler']
 
-# %% ../../nbs/01_data.ipynb #8540d8d4
+# %% ../../nbs/01_data.ipynb #d208b649
 import re, warnings
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,8 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..console import UserError, between, one_of, whole
-from .files import (camera_images, complain, dataset_root, few, is_number, read_ids, read_list,
-                             sysu_splits)
+from .files import AGAIN, camera_images, complain, dataset_root, read_ids, read_list, sysu_splits
 
 # %% ../../nbs/01_data.ipynb #abb1d3ad
 MODALITIES = ("visible", "infrared")
@@ -40,16 +39,14 @@ class Dataset:
         "Images to report on."
         return self.records[self.records.split == "test"]
 
-# %% ../../nbs/01_data.ipynb #f3020528
+# %% ../../nbs/01_data.ipynb #ce77b032
 def _table(rows, root):
     "Records in order of path, with frames counted within each folder, identity, camera and modality."
     import pandas as pd
     left = sorted({pid for _, pid, _, _, split in rows if split is None})
-    if left: warnings.warn(f"{len(left)} identities have images but are in no split file and are left out: "
-                           f"{few(left, 25)}")
+    if left: warnings.warn(f"{len(left)} identities are in no split file and are left out: {left[:25]}")
     rows = sorted(r for r in rows if r[-1] is not None)
-    if not rows: complain(f"{root}: no image was found; expected the dataset as its authors distribute it: "
-                          "check the path")
+    if not rows: complain(f"{root}: no image was found; check the path")
     t = pd.DataFrame(rows, columns=COLUMNS[:-1])
     t["frame"] = t.groupby(["pid", "cam", "modality", t.path.str.rpartition("/")[0]]).cumcount() + 1
     return t.astype({"pid": "int64", "cam": "int64", "frame": "int64"})[COLUMNS]
@@ -77,17 +74,16 @@ def read_sysu(
     root = dataset_root(root, *FOLDERS["sysu"])
     return Dataset("sysu", root, _table(sysu_images(root), root))
 
-# %% ../../nbs/01_data.ipynb #98efaaa5
+# %% ../../nbs/01_data.ipynb #b9deea15
 def _identity(path, label):
     "The identity of a listed image: its folder's number; without one, the label."
     folder = PurePosixPath(path).parent.name
-    return int(folder) if is_number(folder) else label
+    return int(folder) if re.fullmatch(r"\d{1,18}", folder) else label
 
 def _apart(rows, root, where):
     "Complain about identities in training and in test; returns the rows."
     both = {r[1] for r in rows if r[4] == "train"} & {r[1] for r in rows if r[4] == "test"}
-    for pid in sorted(both): complain(f"{root / 'idx'}: identity {pid} is in training and in test {where}; "
-                                      "each may be in one: take the files in idx again from the authors")
+    for pid in sorted(both): complain(f"{root}/idx: identity {pid} is in training and test {where}; {AGAIN}")
     return rows
 
 def regdb_images(
@@ -112,14 +108,13 @@ def read_regdb(
     root = dataset_root(root, *FOLDERS["regdb"])
     return Dataset("regdb", root, _table(regdb_images(root, trial), root), trial)
 
-# %% ../../nbs/01_data.ipynb #3020a307
+# %% ../../nbs/01_data.ipynb #cf9b7c5d
 def _llcm_listed(root, kind, modality, other):
     "Rows of `idx/train_vis.txt` or `idx/train_nir.txt`."
     for path, label in read_list(root, f"idx/train_{kind}.txt", other):
         cam = re.search(r"_c(\d{1,9})_", PurePosixPath(path).name)
         if cam: yield path, _identity(path, label), int(cam[1]), modality, "train"
-        else: complain(f"{root / path}: does not say its camera; expected a name such as "
-                       "0001_c01_s185535_f7010_vis.jpg: take the file again from the authors")
+        else: complain(f"{root / path}: does not say its camera; expected a name such as 0001_c01_…_vis.jpg")
 
 def llcm_images(
     root,  # folder
@@ -131,8 +126,7 @@ def llcm_images(
         rows += [(path, pid, cam, modality, "test" if pid in tested else None)
                  for path, cam, pid in camera_images(root, f"test_{kind}")]
     for pid in sorted(tested - {r[1] for r in rows if r[4] == "test"}):
-        complain(f"{root / 'idx/test_id.txt'}: identity {pid} has no image in test_vis or test_nir; the "
-                 "dataset is incomplete: copy its folders again from the dataset's archive")
+        complain(f"{root}/idx/test_id.txt: identity {pid} has no image in test_vis or test_nir; {AGAIN}")
     return _apart(rows, root, "(test_id.txt)")
 
 def read_llcm(
@@ -211,21 +205,21 @@ class _Images:
         place = (served[..., None] * n + np.arange(n)) % self.count[order][..., None]  # (steps, ids, n)
         return shuffled[self.first[order][..., None] + place].reshape(len(order), -1)  # (steps, ids·n)
 
-# %% ../../nbs/01_data.ipynb #b0692747
+# %% ../../nbs/01_data.ipynb #1f99e29c
 def _with_both(records):
     "Identities with both modalities (K,), sorted."
     visible, infrared = (set(records.pid[records.modality == m]) for m in MODALITIES)
     alone = sorted(visible ^ infrared)
-    if alone: warnings.warn(f"{len(alone)} identities have one modality only and are not sampled: "
-                            f"{few(alone)}", stacklevel=3)
+    if alone:
+        warnings.warn(f"{len(alone)} identities have one modality only and are not sampled: {alone[:10]}",
+                      stacklevel=3)
     return np.array(sorted(visible & infrared), np.int64)
 
 def _check_sampling(ids, visible, infrared, rank, world):
     "Batches that cannot be."
     whole(1, ids=ids, visible=visible, infrared=infrared)
     if world < 1 or rank not in range(world):
-        raise UserError(f"rank = {rank}, world = {world}; of 2 processes that share a batch, world = 2, "
-                        "one has rank 0 and the other rank 1")
+        raise UserError(f"rank = {rank} of world = {world} that share a batch; ranks count from 0")
     if ids % world:
         raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
 
