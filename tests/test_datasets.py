@@ -287,7 +287,7 @@ for folder in folders:
         try: said = read_dataset(name, root) and "nothing"
         except UserError as e: said = str(e)
         finally: os.chmod(folder, 0o755)
-        print(json.dumps([folder, found, said]))
+        print(json.dumps([folder, found, said, mode]))
 """
 
 @pytest.mark.parametrize("name, other, folders", [
@@ -301,9 +301,10 @@ def test_closed_folders_are_named_and_the_rest_is_verified(copy, name, other, fo
     done = subprocess.run([*drop, sys.executable, "-c", CLOSE, name, str(root), *folders], capture_output=True, text=True)
     if "may read everything" in done.stderr or "setpriv: " in done.stderr: pytest.skip("no folder is closed to this user")
     assert done.returncode == 0, done.stderr
-    for closed, found, said in map(json.loads, done.stdout.splitlines()):
+    for closed, found, said, mode in map(json.loads, done.stdout.splitlines()):
         told = f"{closed}: cannot be read (Permission denied); make it readable (chmod -R u+rX)"
-        assert said == told and found.count(told) == 1, (closed, said, found)
+        listed = mode == 0o111 and name != "sysu"                                # a list may name images in a folder whose names are hidden
+        assert (said == told or listed and said == "nothing") and found.count(told) == 1, (closed, said, found)
         if closed != str(root): assert any(p.startswith(f"{bad}: is empty") for p in found) and not [p for p in found if p.startswith(f"{closed}/")], (closed, found)
 
 

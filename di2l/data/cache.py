@@ -95,11 +95,12 @@ def in_parallel(
             raise
     return sorted(bad)
 
-# %% ../../nbs/54_image_cache.ipynb #b0f08f0a
+# %% ../../nbs/54_image_cache.ipynb #72cee058
 class _Rows:
     "Some rows of a memory map, in another order, read when asked for."
     def __init__(self, store, rows):
-        self.store, self.rows, self.dtype, self.shape = store, rows, store.dtype, (len(rows), *store.shape[1:])
+        self.store, self.rows, self.dtype = store, rows, store.dtype
+        self.shape = (len(rows), *store.shape[1:])
         self.nbytes = int(np.prod(self.shape))
 
     def __len__(self): return len(self.rows)
@@ -131,7 +132,7 @@ class _File:
             if os.preadv(self.descriptor, [image], self.pixels.offset + row * size) < size:
                 raise UserError(f"{self.path} has become shorter while it was open; delete it, start again")
 
-# %% ../../nbs/54_image_cache.ipynb #151d3620
+# %% ../../nbs/54_image_cache.ipynb #aebf0884
 class ImageCache:
     "Decoded, resized images of a dataset in one file that all processes share."
     def __init__(
@@ -140,8 +141,8 @@ class ImageCache:
         digest=None,  # of the content of the image files, in the order of the records
     ):
         self.path, self.rows, self.digest, self.file = Path(path), np.asarray(rows), digest, _File(path)
-        every = np.array_equal(self.rows, np.arange(len(self.file.pixels)))
-        self.images = self.file.pixels if every else _Rows(self.file.pixels, self.rows)  # row i of the records
+        self.images = pixels = self.file.pixels                              # (N, H, W, 3), row i of the records
+        if not np.array_equal(self.rows, np.arange(len(pixels))): self.images = _Rows(pixels, self.rows)
 
     def __len__(self): return len(self.rows)
     def __getitem__(self, rows): return self.read(rows)
