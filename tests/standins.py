@@ -1,12 +1,14 @@
-"""Stand-ins: a dataset's layout, names and counts, with flat-coloured images that take a tenth of a millisecond to make.
+"""Stand-ins: a dataset's layout, names and counts, with flat-coloured images that take a tenth of a
+millisecond to make.
 
-The licences of the three datasets let nobody ship an image. A stand-in proves that readers, caches and protocols hold at
-full size, and is worthless as data. Its counts come from
-- SYSU-MM01: the authors' `rand_perm_cam.mat` (with `test_id.mat` and `train_id.mat` beside it), which gives away the
-  number of images of each identity by each camera. Without that file the totals of each camera and split are right, and
-  spread evenly over the identities;
+The licences of the three datasets let nobody ship an image. A stand-in proves that readers, caches and
+protocols hold at full size, and is worthless as data. Its counts come from
+- SYSU-MM01: the authors' `rand_perm_cam.mat` (with `test_id.mat` and `train_id.mat` beside it), which gives
+  away the number of images of each identity by each camera. Without that file the totals of each camera and
+  split are right, and spread evenly over the identities;
 - RegDB: 412 x (10 + 10), ten random halvings;
-- LLCM: the totals that its publication prints, spread evenly over identities and cameras, since it prints no more."""
+- LLCM: the totals that its publication prints, spread evenly over identities and cameras, since it prints
+  no more."""
 import io
 import json
 import warnings
@@ -20,13 +22,14 @@ from di2l.console import UserError, one_of, progress
 from di2l.data.files import read_ids
 from di2l.data.records import FOLDERS, MODALITIES, SYSU_CAMERAS, read_dataset
 
-SYSU_TOTALS = {  # split: (identities, {camera: (images, identities seen)}), counted in the official permutations
+SYSU_TOTALS = {  # split: (identities, {camera: (images, identities seen)}), as in the official permutations
     "test": (96, {1: (1374, 56), 2: (1565, 56), 3: (1883, 93), 4: (1918, 94), 5: (1918, 95), 6: (1920, 96)}),
-    "train": (296, {1: (4721, 194), 2: (5753, 195), 3: (5929, 293), 4: (4821, 283), 5: (4989, 294), 6: (4000, 200)}),
+    "train": (296, {1: (4721, 194), 2: (5753, 195), 3: (5929, 293), 4: (4821, 283), 5: (4989, 294),
+                    6: (4000, 200)}),
     "val": (99, {3: (1980, 99), 4: (990, 99), 5: (984, 96)}),
     None: (22, {1: (194, 9), 2: (210, 8), 3: (20, 1), 4: (301, 17), 5: (333, 17), 6: (60, 3)})}  # in no split
 ALONE = ["45"] * 10 + ["145"] + ["1245"] * 6 + ["12"] * 2 + ["36"] + ["6"] * 2  # cameras of those 22
-LLCM_TOTALS = {"train": (713, 16946, 13975), "test": (351, 8680, 7166)}  # identities, visible, infrared images
+LLCM_TOTALS = {"train": (713, 16946, 13975), "test": (351, 8680, 7166)}  # identities, images of each modality
 BASES = {"sysu": dict(every=48, size=(32, 16)), "regdb": dict(every=40, size=(32, 16)),
          "llcm": dict(every=150, size=(32, 16))}  # small ones, for tests
 VARIANTS = 4  # different images of an identity in a modality; the frames after them repeat their pixels
@@ -54,13 +57,14 @@ def counts_by_totals():
 
 
 def sysu_counts(permutations=None):
-    """How many images of whom SYSU-MM01 has from each camera: {(camera, identity): images}, {split: identities}.
+    """How many images of whom SYSU-MM01 has: {(camera, identity): images}, {split: identities}.
 
-    `permutations`: official `rand_perm_cam.mat`, with `test_id.mat` and `train_id.mat` beside it; None: even counts."""
+    `permutations`: official `rand_perm_cam.mat`, `test_id.mat` and `train_id.mat` beside it; None: even counts."""
     if permutations is None: return counts_by_totals()
     from scipy.io import loadmat
     table, beside = loadmat(permutations)["rand_perm_cam"], Path(permutations).parent
-    counts = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1) for p, (o,) in enumerate(cam, 1) if o.shape[1]}
+    counts = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1)
+              for p, (o,) in enumerate(cam, 1) if o.shape[1]}
     splits = {s: read_ids(beside / f"{s}_id.mat") for s in ("train", "test")}
     seen = {m: {p for c, p in counts if SYSU_CAMERAS[c] == m} for m in MODALITIES}
     splits["val"] = sorted((seen["visible"] & seen["infrared"]) - set(splits["train"]) - set(splits["test"]))
@@ -98,7 +102,8 @@ def sysu_plan(permutations, every):
     keep = {p for pids in [*splits.values(), alone] for p in pids[::every]}
     files = [(f"cam{c}/{p:04d}/{i:04d}.jpg", p, c, SYSU_CAMERAS[c], i)
              for (c, p), n in counts.items() if p in keep for i in range(1, n + 1)]
-    return files, {f"exp/{s}_id.txt": ",".join(str(p) for p in pids if p in keep) for s, pids in splits.items()}
+    texts = {f"exp/{s}_id.txt": ",".join(str(p) for p in pids if p in keep) for s, pids in splits.items()}
+    return files, texts
 
 
 def regdb_plan(every):
@@ -112,7 +117,8 @@ def regdb_plan(every):
             for kind in kinds:
                 lines = [f"{f} {k}" for k, p in enumerate(half) for f in names[kind, int(p)]]
                 texts[f"idx/{split}_{kind}_{trial}.txt"] = "\n".join(lines)
-    files = [(f, p, 1 + (kind == "thermal"), kinds[kind], i) for (kind, p), fs in names.items() for i, f in enumerate(fs)]
+    files = [(f, p, 1 + (kind == "thermal"), kinds[kind], i)
+             for (kind, p), fs in names.items() for i, f in enumerate(fs)]
     return files, texts
 
 
@@ -121,7 +127,7 @@ def llcm_plan(every):
     files, lists, test, first = [], {"vis": [], "nir": []}, [], 1
     for split, (n, *images) in LLCM_TOTALS.items():
         for kind, total in zip(lists, images):
-            cams = [c for c in range(1, 10) if (split, kind, c) != ("test", "nir", 3)]  # public code reads none there
+            cams = [c for c in range(1, 10) if (split, kind, c) != ("test", "nir", 3)]  # none is read there
             for k, m in list(enumerate(evenly(total, n)))[::every]:
                 for i in range(m):
                     p, c = first + k, cams[(k + i) % len(cams)]
@@ -141,7 +147,7 @@ def write_standin(name, out, permutations=None, size=(96, 40), every=1):
     `permutations`: official `rand_perm_cam.mat`, for SYSU-MM01's real counts; `size`: (H, W) of the images;
     `every`: keep each n-th identity only, for quick tests."""
     out = Path(out)
-    if out.exists() and any(out.iterdir()): raise UserError(f"{out}: is not empty; give a new folder for the stand-in")
+    if out.exists() and any(out.iterdir()): raise UserError(f"{out}: is not empty; give a new folder")
     one_of(FOLDERS, dataset=name)
     plans = {"sysu": lambda: sysu_plan(permutations, every), "regdb": lambda: regdb_plan(every),
              "llcm": lambda: llcm_plan(every)}
@@ -149,8 +155,10 @@ def write_standin(name, out, permutations=None, size=(96, 40), every=1):
     folders = {f.rpartition("/")[0] for f in [*texts, *(f[0] for f in files)]}
     for folder in folders: (out / folder).mkdir(parents=True, exist_ok=True)
     for text, content in texts.items(): (out / text).write_text(content + "\n")
-    encoded = lru_cache(4096)(lambda pid, modality, variant, ending: encode(figure(pid, modality, variant, size), ending))
-    for i, (path, pid, cam, modality, frame) in enumerate(progress(files, desc=f"stand-in for {name}", unit="image")):
+    encoded = lru_cache(4096)(lambda pid, modality, variant, ending:
+                              encode(figure(pid, modality, variant, size), ending))
+    bar = progress(files, desc=f"stand-in for {name}", unit="image")
+    for i, (path, pid, cam, modality, frame) in enumerate(bar):
         (out / path).write_bytes(unique(encoded(pid, modality, frame % VARIANTS, path[-3:]), i))
     counts = "of the official permutations" if permutations else "published totals, spread evenly"
     about = dict(standin_for=name, counts=counts, every=every, images=len(files))

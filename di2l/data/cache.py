@@ -132,7 +132,7 @@ class _File:
             if os.preadv(self.descriptor, [image], self.pixels.offset + row * size) < size:
                 raise UserError(f"{self.path} has become shorter while it was open; delete it, start again")
 
-# %% ../../nbs/54_image_cache.ipynb #aebf0884
+# %% ../../nbs/54_image_cache.ipynb #74162e88
 class ImageCache:
     "Decoded, resized images of a dataset in one file that all processes share."
     def __init__(
@@ -141,7 +141,7 @@ class ImageCache:
         digest=None,  # of the content of the image files, in the order of the records
     ):
         self.path, self.rows, self.digest, self.file = Path(path), np.asarray(rows), digest, _File(path)
-        self.images = pixels = self.file.pixels                              # (N, H, W, 3), row i of the records
+        self.images = pixels = self.file.pixels  # (N, H, W, 3), row i of the records
         if not np.array_equal(self.rows, np.arange(len(pixels))): self.images = _Rows(pixels, self.rows)
 
     def __len__(self): return len(self.rows)

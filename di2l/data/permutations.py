@@ -54,7 +54,7 @@ def read_permutations(
         for pid, order in enumerate(people, 1): _check_order(path, camera, pid, np.asarray(order))
     return table
 
-# %% ../../nbs/74_permutations.ipynb #aac68183
+# %% ../../nbs/74_permutations.ipynb #687ba5e1
 def official_galleries(
     candidates,    # table to choose from: pid, cam, frame
     shots,         # images of each identity and camera
@@ -68,8 +68,8 @@ def official_galleries(
         order = table[cam - 1][pid - 1] if known else np.empty((trials, 0))
         frames, n = group.frame.to_numpy(), order.shape[1]
         if n != len(frames) or (frames != np.arange(1, n + 1)).any():
-            raise UserError(f"camera {cam}, identity {pid}: frames {frames[:6].tolist()}… of {len(frames)}; the "
-                            f"official permutations are of {n}, counted from 1: check the data")
+            raise UserError(f"camera {cam}, identity {pid}: frames {frames[:6].tolist()} …; the "
+                            f"official permutations are of {n}; check the data")
         if trials > len(order):
             raise UserError(f"{trials} trials; the official permutations have {len(order)}")
         for t in range(trials): chosen[t].append(group.index.to_numpy()[order[t, :shots].astype(int) - 1])
