@@ -13,8 +13,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from di2l.synthetic.benchmark import _encode, image_path, read_benchmark, write_benchmark
-from di2l.synthetic.sensors import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, render
+from di2l.synthetic.benchmark import _encode, _image_path, read_benchmark, write_benchmark
+from di2l.synthetic.sensors import LAYOUTS, PRESETS, render
+
+SYSU, REGDB = LAYOUTS["sysu"], LAYOUTS["regdb"]
 
 
 def rate(settings, cameras, people, first=1):
@@ -22,14 +24,14 @@ def rate(settings, cameras, people, first=1):
     began = time.process_time()
     for pid in range(first, first + people):
         for cam in cameras:
-            _encode(render(settings, 0, pid, cam, 1), image_path(settings, pid, cam, 1), settings.quality)
+            _encode(render(settings, 0, pid, cam, 1), _image_path(settings, pid, cam, 1), settings.quality)
     return people * len(cameras) / (time.process_time() - began)
 
 
 def rates(repeats, people):
     "Medians over interleaved repeats, for each size and sensor."
     d = PRESETS["default"]
-    what = {"sysu 96x48": (d, SYSU_CAMERAS), "sysu 128x64": (replace(d, height=128, width=64), SYSU_CAMERAS), "regdb 128x64": (PRESETS["regdb"], REGDB_CAMERAS)}
+    what = {"sysu 96x48": (d, SYSU), "sysu 128x64": (replace(d, height=128, width=64), SYSU), "regdb 128x64": (PRESETS["regdb"], REGDB)}
     for s, cams in what.values(): rate(s, cams, 2)  # places and imports
     seen = {name: [] for name in what}
     for r in range(repeats):
@@ -42,7 +44,7 @@ def linearity(repeats, people):
     d, ratios = PRESETS["default"], []
     for r in range(repeats):
         first = 1000 + 5 * people * r
-        ratios.append(rate(d, SYSU_CAMERAS, people, first) / rate(d, SYSU_CAMERAS, 4 * people, first + people))
+        ratios.append(rate(d, SYSU, people, first) / rate(d, SYSU, 4 * people, first + people))
     return round(statistics.median(ratios), 3)
 
 

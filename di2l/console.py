@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UserError', 'suggest', 'one_of', 'between', 'whole', 'in_notebook', 'progress', 'field_types', 'read_value',
-           'steady_streams', 'options', 'command', 'run_command']
+           'command']
 
-# %% ../nbs/50_console.ipynb #3d4b00cb
-import difflib, inspect, io, math, os, signal, sys, typing, warnings
+# %% ../nbs/50_console.ipynb #8333a32d
+import argparse, builtins, difflib, inspect, io, math, os, signal, sys, typing, warnings
 from dataclasses import fields
 from functools import wraps
 
@@ -58,7 +58,7 @@ def whole(
         if isinstance(number, bool) or not isinstance(number, int) or number < low:
             raise UserError(f"{what} = {number!r}: expected a whole number, {low} or more")
 
-# %% ../nbs/50_console.ipynb #d5aebee6
+# %% ../nbs/50_console.ipynb #17b317d2
 class _NotebookBar(tqdm):
     "A bar in one notebook display, which closing leaves empty."
     def __init__(self, *args, **kwargs):
@@ -70,7 +70,6 @@ class _NotebookBar(tqdm):
         self.handle.update({"text/plain": msg or str(self)}, raw=True)
 
     def close(self):
-        if self.disable: return
         super().close()
         self.handle.update({"text/plain": ""}, raw=True)
 
@@ -89,17 +88,13 @@ def progress(
     if in_notebook(): return _NotebookBar(items, desc=desc, total=total, unit=unit)
     return tqdm(items, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=None)
 
-# %% ../nbs/50_console.ipynb #8f73ecce
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name",
-          tuple: "whole numbers such as 288x144", dict: "a dict"}
-
+# %% ../nbs/50_console.ipynb #629733d2
 def field_types(
     cls,  # a dataclass
 ):        # {field: (type, whether None is allowed)}
     "What each field of a dataclass holds."
-    hints = typing.get_type_hints(cls)
+    hints, none = typing.get_type_hints(cls), type(None)
     choices = {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in fields(cls)}
-    none = type(None)
     return {name: (next(t for t in found if t is not none), none in found) for name, found in choices.items()}
 
 def _whole(v):
@@ -116,50 +111,44 @@ def _bool(v):
 def _tuple(v):
     return tuple(_whole(x) for x in (v.strip("()").replace("x", ",").split(",") if isinstance(v, str) else v))
 
+_READERS = {int: (_whole, "a whole number"), float: (_number, "a number"), bool: (_bool, "true or false"),
+            str: (lambda v: {str: v}[type(v)], "a name"), tuple: (_tuple, "whole numbers such as 288x144")}
+
 def read_value(
     name,      # of the field
     value,     # text, or already what it should be
-    kind,      # int, float, bool, str, tuple or dict
+    kind,      # int, float, bool, str or tuple; anything else is taken as it is
     optional,  # whether None is allowed
 ):             # the value
     "A setting's value as its field has it."
     if optional and (value is None or str(value).lower() == "none"): return None
-    readers = {int: _whole, float: _number, bool: _bool, tuple: _tuple, str: lambda v: {str: v}[type(v)]}
-    try: return readers.get(kind, lambda v: v)(value)
+    reader, wanted = _READERS.get(kind, (lambda v: v, ""))
+    try: return reader(value)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        raise UserError(f"{name} = {value!r} is not {_KINDS.get(kind, kind.__name__)}") from None
+        raise UserError(f"{name} = {value!r} is not {wanted}") from None
 
-# %% ../nbs/50_console.ipynb #b3698770
-class _Steady:
-    "A stream whose reader may go away, as `head` does: what nobody reads is dropped."
-    def __init__(self, stream): self.stream = stream
-    def __getattr__(self, name): return getattr(self.stream, name)
-    def write(self, text): return self._try(self.stream.write, text)
-    def flush(self): return self._try(self.stream.flush)
-
-    def _try(self, do, *args):
-        try: return do(*args)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            return do(*args)
-
-def steady_streams():
+# %% ../nbs/50_console.ipynb #ae41554d
+def _steady(stream):
     "Output that ends no command, be it closed, without a reader, or in an encoding that lacks a character."
-    for name in "stdout", "stderr":
-        stream = getattr(sys, name) or open(os.devnull, "w")
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
-        setattr(sys, name, _Steady(stream))
+    stream = stream or open(os.devnull, "w")
+    if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    def guard(do):
+        def run(*args):
+            try: return do(*args)
+            except BrokenPipeError:                                          # as after `| head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                return do(*args)
+        return run
+    stream.write, stream.flush = guard(stream.write), guard(stream.flush)
+    return stream
 
-# %% ../nbs/50_console.ipynb #6067ac27
-def options(
-    words,  # of a command line, what is no argument of the function
-):          # {name: text or True}
-    "`--name value`, `--name=value` and `--name`."
+# %% ../nbs/50_console.ipynb #e05d8b14
+def _options(words):
+    "{name: text or True} of the words `--name value`, `--name=value` and `--name`."
     found, words = {}, list(words)
     while words:
         name, equals, value = words.pop(0).partition("=")
-        if not name.startswith("--"):
-            raise UserError(f"{name!r} stands alone on the command line; expected --name value")
+        if not name.startswith("--"): raise UserError(f"{name!r} stands alone; expected --name value")
         if not equals: value = words.pop(0) if words and not words[0].startswith("--") else True
         found[name[2:].replace("-", "_")] = value
     return found
@@ -169,30 +158,24 @@ def _fields_help(tables):
     lines = []
     for title, cls in tables.items():
         about, shown = docments(cls), [f for f in fields(cls) if field_types(cls)[f.name][0] is not dict]
-        lines += ["", title]
-        lines += [f"  --{f.name} {str(f.default):<10} {about.get(f.name) or ''}" for f in shown]
+        lines += ["", title, *(f"  --{f.name} {str(f.default):<10} {about.get(f.name) or ''}" for f in shown)]
     return "\n".join(lines)
 
-# %% ../nbs/50_console.ipynb #87d3d93f
-def _forget(parser, name):
-    "Take an argument out of a parser."
-    groups = [parser._actions, *(g._group_actions for g in parser._action_groups)]
-    for actions in groups: actions[:] = [a for a in actions if a.dest != name]
-
+# %% ../nbs/50_console.ipynb #d02b1829
 def _parse(main, name, tables, words):
     "Arguments of `main` from the words of a command line."
-    import argparse
-    extra = next((p for p in inspect.signature(main).parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    extra = [p.name for p in inspect.signature(main).parameters.values() if p.kind is p.VAR_KEYWORD]
     parser = anno_parser(main, name)
     parser.allow_abbrev, parser.formatter_class = False, argparse.RawDescriptionHelpFormatter
-    if extra is not None: _forget(parser, extra.name)
+    for actions in (parser._actions, *(group._group_actions for group in parser._action_groups)):
+        actions[:] = [a for a in actions if a.dest not in extra]             # `**changes` is no argument
     if tables and {"-h", "--help"} & set(words): parser.epilog = _fields_help(tables())
     found, rest = parser.parse_known_args(words)
-    if rest and extra is None: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and not extra: parser.error(f"unrecognized arguments: {' '.join(rest)}")
     found = {k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}
-    return {**found, **options(rest)}
+    return {**found, **_options(rest)}
 
-# %% ../nbs/50_console.ipynb #7ebe591d
+# %% ../nbs/50_console.ipynb #f2ed5e39
 def command(
     name,         # as it is typed
     tables=None,  # function without arguments → {title: dataclass whose fields `**changes` may name}
@@ -202,24 +185,18 @@ def command(
         @wraps(main)
         def run(*args, **kwargs):
             if args or kwargs or not _is_command(inspect.currentframe().f_back): return main(*args, **kwargs)
-            sys.exit(run_command(main, name, tables, sys.argv[1:]))
+            sys.exit(_run_command(main, name, tables, sys.argv[1:]))
         return run
     return decorate
 
 def _is_command(frame):
     "True if `frame` is the top level of a script that a shell runs."
-    import builtins
-    top = frame is not None and frame.f_locals is frame.f_globals
-    return top and frame.f_globals.get("__name__") == "__main__" and not hasattr(builtins, "__IPYTHON__")
+    top = frame.f_locals is frame.f_globals and frame.f_globals.get("__name__") == "__main__"
+    return top and not hasattr(builtins, "__IPYTHON__")
 
-def run_command(
-    main,    # a function
-    name,    # of the command
-    tables,  # see `command`
-    words,   # of the command line
-):           # exit status
-    "Run a command; what goes wrong is said in one line."
-    steady_streams()
+def _run_command(main, name, tables, words):
+    "Run a command, and its exit status; what goes wrong is said in one line."
+    sys.stdout, sys.stderr = _steady(sys.stdout), _steady(sys.stderr)
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))              # by way of what tidies up
     try: result = main(**_parse(main, name, tables, words))

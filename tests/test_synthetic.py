@@ -16,9 +16,11 @@ from di2l.console import UserError
 from di2l.data.records import read_regdb, read_sysu
 from di2l.eval import protocols
 from di2l.synthetic import benchmark, people, sensors
-from di2l.synthetic.benchmark import cameras_of, check_settings, read_benchmark, settings_for, splits, write_benchmark
-from di2l.synthetic.people import draw_colour, draw_person, stream
-from di2l.synthetic.sensors import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, Settings, render
+from di2l.synthetic.benchmark import _cameras_of, _checked, _splits, read_benchmark, settings_for, write_benchmark
+from di2l.synthetic.people import _draw_colour, _stream, draw_person
+from di2l.synthetic.sensors import LAYOUTS, PRESETS, Settings, render
+
+SYSU, REGDB = LAYOUTS["sysu"], LAYOUTS["regdb"]
 
 SMALL = dict(preset="tiny", identities=5, val_identities=2, test_identities=3, images=1, test_infrared=2, workers=1)
 HALVES = dict(preset="regdb", identities=4, test_identities=4, images=2, test_visible=2, test_infrared=2, workers=1)
@@ -53,9 +55,9 @@ def test_every_standard_protocol_can_be_laid_out(tiny):
 
 def test_some_identities_are_missing_from_some_cameras(tmp_path):
     s = replace(PRESETS["default"], missing=0.3)
-    seen = [len(cameras_of(s, 0, pid)) for pid in range(300)]
+    seen = [len(_cameras_of(s, 0, pid)) for pid in range(300)]
     assert min(seen) >= 3 and abs(np.mean(seen) / 6 - 0.7) < 0.05
-    assert all(len(cameras_of(replace(s, missing=0.0), 0, pid)) == 6 for pid in range(20))
+    assert all(len(_cameras_of(replace(s, missing=0.0), 0, pid)) == 6 for pid in range(20))
 
 def test_the_regdb_reader_reads_it(tmp_path):
     root = write_benchmark(tmp_path / "r", **HALVES)
@@ -68,15 +70,15 @@ def test_the_regdb_reader_reads_it(tmp_path):
     assert read_benchmark(root, deep=True)["images"] == 32
 
 def test_cameras_2_and_3_share_a_place():
-    by = {c.number: c for c in SYSU_CAMERAS}
-    assert by[2].place == by[3].place and len({c.place for c in SYSU_CAMERAS}) == 5
-    assert [c.number for c in SYSU_CAMERAS if c.infrared] == [3, 6]
+    by = {c.number: c for c in SYSU}
+    assert by[2].place == by[3].place and len({c.place for c in SYSU}) == 5
+    assert [c.number for c in SYSU if c.infrared] == [3, 6]
 
 
 # --- bytes --------------------------------------------------------------------
-def test_processes_and_chunks_do_not_change_a_byte(small, tmp_path):
-    one = write_benchmark(tmp_path / "again", **{**SMALL, "workers": 1, "chunk": 3})
-    two = write_benchmark(tmp_path / "two", **{**SMALL, "workers": 2, "chunk": 1})
+def test_processes_do_not_change_a_byte(small, tmp_path):
+    one = write_benchmark(tmp_path / "again", **SMALL)
+    two = write_benchmark(tmp_path / "two", **{**SMALL, "workers": 2})
     files = sorted(p.relative_to(small) for p in small.rglob("*") if p.is_file())
     for other in one, two:
         assert sorted(p.relative_to(other) for p in other.rglob("*") if p.is_file()) == files
@@ -87,9 +89,9 @@ def test_another_seed_is_another_benchmark(small, tmp_path):
     assert read_benchmark(write_benchmark(tmp_path / "o", seed=1, **SMALL))["content"] != read_benchmark(small)["content"]
 
 @limits(max_examples=8)
-@given(st.integers(1, 99), st.sampled_from(SYSU_CAMERAS + REGDB_CAMERAS), st.integers(1, 99))
+@given(st.integers(1, 99), st.sampled_from(SYSU + REGDB), st.integers(1, 99))
 def test_an_image_depends_on_its_arguments_alone(pid, camera, frame):
-    s = PRESETS["regdb"] if camera in REGDB_CAMERAS else PRESETS["hard"]
+    s = PRESETS["regdb"] if camera in REGDB else PRESETS["hard"]
     first = render(s, 3, pid, camera, frame)
     for cached in (draw_person, sensors._place, sensors._optics): cached.cache_clear()
     render(s, 3, pid + 1, camera, frame)
@@ -98,11 +100,11 @@ def test_an_image_depends_on_its_arguments_alone(pid, camera, frame):
 
 PIXELS = """
 import hashlib
-from di2l.synthetic.sensors import PRESETS, REGDB_CAMERAS, SYSU_CAMERAS, render
+from di2l.synthetic.sensors import LAYOUTS, PRESETS, render
 h = hashlib.sha256()
 for pid in range(1, 7):
-    for cam in SYSU_CAMERAS: h.update(render(PRESETS["hard"], 0, pid, cam, 1))
-    for cam in REGDB_CAMERAS: h.update(render(PRESETS["regdb"], 0, pid, cam, 1))
+    for cam in LAYOUTS["sysu"]: h.update(render(PRESETS["hard"], 0, pid, cam, 1))
+    for cam in LAYOUTS["regdb"]: h.update(render(PRESETS["regdb"], 0, pid, cam, 1))
 print(h.hexdigest())
 """
 
@@ -124,11 +126,11 @@ def test_every_knob_changes_something(knob, small, tmp_path):
     s = replace(settings_for("tiny", **{k: v for k, v in SMALL.items() if k not in ("preset", "workers")}), **{knob: CHANGED[knob]})
     if knob in ("identities", "val_identities", "test_identities", "missing"):
         before = json.loads((small / "benchmark.json").read_text())["settings"]
-        old = check_settings(Settings(**before))
-        seen = lambda s: [[c.number for c in cameras_of(s, 0, p)] for p in range(1, 9)]
-        assert splits(s, 0) != splits(old, 0) or seen(s) != seen(old)
+        old = _checked(Settings(**before))
+        seen = lambda s: [[c.number for c in _cameras_of(s, 0, p)] for p in range(1, 9)]
+        assert _splits(s, 0) != _splits(old, 0) or seen(s) != seen(old)
     else:
-        pid, test = splits(s, 0)["test" if knob.startswith("test") else "train"][0], knob.startswith("test")
+        pid, test = _splits(s, 0)["test" if knob.startswith("test") else "train"][0], knob.startswith("test")
         done = dict(benchmark._write_identity(tmp_path, s, 0, (pid, test)))
         old = {p.relative_to(small).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in small.glob(f"cam*/{pid:04d}/*.jpg")}
         assert done != old
@@ -140,12 +142,12 @@ def test_all_knobs_are_known_and_documented():
     from fastcore.docments import docments
     assert set(CHANGED) | {"layout"} == {f.name for f in fields(Settings)}
     assert all(docments(Settings)[f.name] for f in fields(Settings))
-    for name, s in PRESETS.items(): assert settings_for(name) == check_settings(s) == s
+    for name, s in PRESETS.items(): assert settings_for(name) == _checked(s) == s
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.75, 1.0])
 def test_correlation_is_that_of_infrared_with_luminance(correlation):
-    rng = stream(0, 77)
-    colours = [draw_colour(rng) for _ in range(4000)]
+    rng = _stream(0, 77)
+    colours = [_draw_colour(rng) for _ in range(4000)]
     seen = np.sqrt([float((c * people.LUMINANCE).sum()) for c in colours])
     infrared = np.sqrt([people._near_infrared(c, correlation, rng) for c in colours])
     assert abs(np.corrcoef(seen, infrared)[0, 1] - correlation) < 0.05
@@ -158,7 +160,7 @@ def test_patterns_can_be_seen_in_both_spectra():
     assert np.mean(visible >= 0.25) > 0.97 and np.mean(infrared >= 0.15) > 0.97
 
 def test_infrared_has_no_colour_and_visible_has():
-    for cam in SYSU_CAMERAS:
+    for cam in SYSU:
         image = render(PRESETS["default"], 0, 1, cam, 1).astype(int)
         assert (np.ptp(image, axis=2).max() == 0) == cam.infrared
 
@@ -166,10 +168,10 @@ def test_thermal_sees_warmth_and_a_pattern_by_the_sun_alone():
     calm, same = replace(PRESETS["regdb"], nuisance=0.0, ir_noise=0.0, occlusion=0.0), {}
     for correlation in (0.0, calm.correlation):
         calm = replace(calm, correlation=correlation)
-        a = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
+        a = render(calm, 0, 1, REGDB[1], 1)
         person = draw_person(0, 1, correlation)
         kept = person.pattern.copy()
-        try: person.pattern[:, 0] = people.CHECKS; b = render(calm, 0, 1, REGDB_CAMERAS[1], 1)
+        try: person.pattern[:, 0] = people.CHECKS; b = render(calm, 0, 1, REGDB[1], 1)
         finally: person.pattern[:] = kept
         same[correlation] = np.array_equal(a, b)
     assert list(same.values()) == [True, False]
@@ -180,12 +182,12 @@ def test_thermal_sees_warmth_and_a_pattern_by_the_sun_alone():
 
 def test_a_silhouette_hides_everything_but_the_outline():
     flat = replace(PRESETS["default"], silhouette=True, nuisance=0.0, occlusion=0.0, missing=0.0)
-    scene = sensors._stage(flat, 0, 1, SYSU_CAMERAS[0], stream(0, 5, 1, 1, 1))
-    light = np.ones((len(scene.surface.pixels), 1), np.float32)
+    scene = sensors._stage(flat, 0, 1, SYSU[0], _stream(0, 5, 1, 1, 1))
+    light = np.ones(len(scene.surface.pixels), np.float32)
     for name in ("rgb", "nir", "heat"):
-        image = sensors._develop(scene, name, True, light, np.float32(0), 0)    # nothing but bodies
+        image = sensors._develop(scene, name, True, light, 1, np.float32(0), 0)    # nothing but bodies
         assert len(np.unique(image[image > 0])) <= 4 and image.max() in (np.float32(.25), 28)     # corners of 1 … 4 of 4
-        assert len(np.unique(sensors._develop(scene, name, False, light, np.float32(0), 0))) > 4
+        assert len(np.unique(sensors._develop(scene, name, False, light, 1, np.float32(0), 0))) > 4
 
 
 # --- controls that need no training --------------------------------------------
@@ -201,7 +203,7 @@ def histogram(image, bins=8):
 def faces():
     "Two images of each of 40 people at every camera."
     s = PRESETS["default"]
-    return {cam.number: np.stack([[render(s, 0, pid, cam, f) for f in (1, 2)] for pid in range(1, 41)]) for cam in SYSU_CAMERAS}
+    return {cam.number: np.stack([[render(s, 0, pid, cam, f) for f in (1, 2)] for pid in range(1, 41)]) for cam in SYSU}
 
 @pytest.mark.parametrize("feature", ["mean colour", "luminance histogram", "colour histogram"])
 def test_colour_alone_does_not_match_across_modalities(faces, feature):
@@ -303,12 +305,12 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     (dict(val_identities=300), "val_identities = 300: expected a number from 1 to 299"),
     (dict(missing=0.9), "missing = 0.9"), (dict(corelation=0.5), "did you mean 'correlation'"),
     (dict(images=2.5), "is not a whole number"), (dict(silhouette=3), "is not true or false"),
-    (dict(preset="regdb", images=5), "'images': 5, 'test_visible': 10.*give equal numbers"),
-    (dict(preset="regdb", identities=5), "'identities': 5, 'test_identities': 206.*give equal numbers"),
+    (dict(preset="regdb", images=5), "give equal numbers"),
+    (dict(preset="regdb", identities=5), "give equal numbers"),
     (dict(layout="llcm"), "layout = 'llcm'; there are sysu, regdb"),
     (dict(seed=-1), "seed = -1"), (dict(seed=2 ** 32), "seed = 4294967296"), (dict(seed=0.5), "seed = 0.5"),
     (dict(height=4), "height = 4"), (dict(quality=100), "quality = 100"),
-    (dict(workers=0), "workers = 0"), (dict(chunk=0), "chunk = 0"),
+    (dict(workers=0), "workers = 0"),
 ])
 def test_impossible_knobs(tmp_path, knobs, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")): write_benchmark(tmp_path / "b", **knobs)

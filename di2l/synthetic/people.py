@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNER', 'LOWER', 'SHOES', 'BAG', 'SLOTS', 'LUMINANCE', 'GARMENTS', 'PLAIN',
            'BANDS', 'PINSTRIPES', 'CHECKS', 'DOTS', 'BLOCK', 'DIAGONAL', 'LOGO', 'SIDES', 'PATTERNS', 'HAIR_COLOURS',
-           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'stream', 'draw_colour', 'Person', 'draw_person', 'Part', 'body']
+           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'draw_person', 'Part', 'body']
 
 # %% ../../nbs/60_people.ipynb #1563fa19
 import math
@@ -15,22 +15,17 @@ from types import SimpleNamespace
 
 import numpy as np
 
-# %% ../../nbs/60_people.ipynb #fe5932b3
-def stream(
-    *keys,  # whole numbers that say what the numbers are for: seed, purpose, identity, camera, frame
-):          # a generator that depends on `keys` alone
-    "Random numbers that do not depend on what was drawn before or in which process."
+# %% ../../nbs/60_people.ipynb #53260d5a
+def _stream(*keys):
+    "Random numbers that depend on whole numbers alone: seed, purpose, identity, camera, frame."
     return np.random.Generator(np.random.PCG64([k & 0xFFFFFFFF for k in keys]))
 
-# %% ../../nbs/60_people.ipynb #348f0dee
-SKIN, HAIR, HAT, UPPER, SLEEVE, INNER, LOWER, SHOES, BAG = range(9)          # slots for materials
-SLOTS = 9
+# %% ../../nbs/60_people.ipynb #75100ed3
+SKIN, HAIR, HAT, UPPER, SLEEVE, INNER, LOWER, SHOES, BAG, SLOTS = range(10)  # slots for materials; how many
 LUMINANCE = np.array([0.2126, 0.7152, 0.0722])                               # Rec. 709
 
-def draw_colour(
-    rng,  # source of randomness
-):        # linear RGB reflectance (3,)
-    "A colour of cloth: a third are greys, the rest are coloured; dark ones are commoner."
+def _draw_colour(rng):
+    "A colour of cloth, linear RGB (3,): a third are greys, the rest are coloured; dark ones are commoner."
     value = 0.03 + 0.85 * rng.random() ** 1.6
     if rng.random() < 0.3: return np.full(3, value)
     hue, sat = 6 * rng.random(), 0.35 + 0.5 * rng.random()
@@ -41,23 +36,12 @@ def _tone(rgb):
     "Square root of luminance, 0 … 1: roughly as dark or bright as a reflectance (3,) looks."
     return math.sqrt(float((rgb * LUMINANCE).sum()))
 
-# %% ../../nbs/60_people.ipynb #39d275c7
+# %% ../../nbs/60_people.ipynb #82ab7c3e
 def _near_infrared(rgb, correlation, rng):
     "Near-infrared reflectance of a dyed cloth: as its luminance to some degree, the rest its own."
-    seen = (_tone(rgb) - 0.50) / 0.22
-    score = correlation * seen + math.sqrt(1 - correlation * correlation) * rng.standard_normal()
+    own = math.sqrt(1 - correlation * correlation) * rng.standard_normal()
+    score = correlation * ((_tone(rgb) - 0.50) / 0.22) + own
     return min(max(0.60 + 0.20 * score, 0.15), 0.97) ** 2
-
-# %% ../../nbs/60_people.ipynb #2743fe51
-@dataclass
-class Person:
-    "One identity: the body, what it wears, and what each material reflects or emits."
-    size: SimpleNamespace  # lengths in metres
-    wear: SimpleNamespace  # names of garments, and how they are cut and worn
-    rgb: np.ndarray        # (2, SLOTS, 3) linear reflectance of the two colours of a pattern
-    nir: np.ndarray        # (2, SLOTS) near-infrared reflectance
-    heat: np.ndarray       # (2, SLOTS) surface temperature, °C
-    pattern: np.ndarray    # (SLOTS, 4) kind, period in metres, duty, phase
 
 # %% ../../nbs/60_people.ipynb #b647b55d
 def _draw_size(rng):
@@ -92,23 +76,19 @@ def _draw_wear(rng):
     if wear.upper == "coat" and "skirt" in wear.lower: wear.lower = "trousers"
     return wear
 
-# %% ../../nbs/60_people.ipynb #a422ed0d
+# %% ../../nbs/60_people.ipynb #f67bcbd7
 PLAIN, BANDS, PINSTRIPES, CHECKS, DOTS, BLOCK, DIAGONAL, LOGO, SIDES = range(9)  # patterns
 PATTERNS = {LOWER: {PLAIN: .5, SIDES: .14, CHECKS: .1, PINSTRIPES: .08, BANDS: .08, BLOCK: .1}, UPPER: {
     PLAIN: .12, BANDS: .18, PINSTRIPES: .12, CHECKS: .12, DOTS: .1, BLOCK: .18, DIAGONAL: .08, LOGO: .1}}
 
-def _draw_pattern(rng, slot):
-    "How two colours share a garment: kind, period in metres, duty, phase."
-    return int(_choose(rng, PATTERNS[slot])), rng.uniform(0.12, 0.30), rng.uniform(0.35, 0.65), rng.random()
-
-# %% ../../nbs/60_people.ipynb #340e9f78
+# %% ../../nbs/60_people.ipynb #a6719451
 def _contrasting(draw, measure, least):
     "Two draws whose measures differ by `least` or more, or the last of twelve tries."
     first = draw(0)
     for _ in range(12):
         second = draw(1)
         if abs(measure(second) - measure(first)) >= least: break
-    return [first, second]
+    return first, second
 
 # %% ../../nbs/60_people.ipynb #6ba3e4fa
 HAIR_COLOURS = np.array([[.03, .025, .02], [.10, .06, .035], [.38, .27, .13], [.4, .4, .4], [.25, .08, .04]])
@@ -123,17 +103,17 @@ def _draw_heat(rng, wear, rgb, correlation):
     sun[:, [SKIN, HAIR]] = 0
     return heat + sun
 
-# %% ../../nbs/60_people.ipynb #5aad5ff3
+# %% ../../nbs/60_people.ipynb #19e39d52
 @lru_cache(512)
 def draw_person(
     seed,         # of the data
     pid,          # identity; negative ones are passers-by
     correlation,  # of near-infrared reflectance with visible luminance
-):                # `Person`
+):                # a person, as in the table above
     "The identity `pid` of benchmark `seed`."
-    rng, apart = stream(seed, 1, pid), stream(seed, 2, pid)
+    rng, apart = _stream(seed, 1, pid), _stream(seed, 2, pid)
     size, wear = _draw_size(rng), _draw_wear(rng)
-    pairs = [_contrasting(lambda i: draw_colour(rng), _tone, 0.25) for _ in range(SLOTS)]
+    pairs = [_contrasting(lambda i: _draw_colour(rng), _tone, 0.25) for _ in range(SLOTS)]
     nir = np.array([_contrasting(lambda i: _near_infrared(pair[i], correlation, apart), math.sqrt, 0.15)
                     for pair in pairs]).T
     rgb = np.array(pairs).swapaxes(0, 1)
@@ -142,11 +122,13 @@ def draw_person(
     rgb[:, HAIR] = HAIR_COLOURS[rng.choice(5, p=[.42, .3, .14, .09, .05])]
     nir[:, SKIN], nir[:, HAIR] = 0.62 - 0.12 * brown, 0.15 + 0.35 * dark
     pattern = np.tile([PLAIN, 1.0, 0, 0], (SLOTS, 1))
-    pattern[UPPER], pattern[LOWER] = _draw_pattern(rng, UPPER), _draw_pattern(rng, LOWER)
+    for m in UPPER, LOWER:
+        pattern[m] = _choose(rng, PATTERNS[m]), rng.uniform(.12, .3), rng.uniform(.35, .65), rng.random()
     if not wear.contrast:                                                    # sleeves as the rest
         pattern[SLEEVE], rgb[:, SLEEVE], nir[:, SLEEVE] = pattern[UPPER], rgb[:, UPPER], nir[:, UPPER]
         if pattern[UPPER, 0] in (LOGO, BLOCK): pattern[SLEEVE, 0] = PLAIN
-    return Person(size, wear, rgb, nir, _draw_heat(rng, wear, rgb, correlation), pattern)
+    heat = _draw_heat(rng, wear, rgb, correlation)
+    return SimpleNamespace(size=size, wear=wear, rgb=rgb, nir=nir, heat=heat, pattern=pattern)
 
 # %% ../../nbs/60_people.ipynb #1f04958a
 PLACES = np.linspace(0, 1, 65)  # along a part, where its width is kept
@@ -255,7 +237,7 @@ def _head(person, top, turn):
         add((0, crown - .9 * r, 0), (0, crown - .78 * r, 0), {0: 1.75, 1: 1.6}, HAT, flat=1.1, caps=(0, 0))
     return parts
 
-# %% ../../nbs/60_people.ipynb #723704aa
+# %% ../../nbs/60_people.ipynb #f8d4301e
 def _torso(person, hip, legs):
     "Torso with its garment, then skirt and coat; and the height of the shoulders."
     s, wear = person.size, person.wear
@@ -267,8 +249,7 @@ def _torso(person, hip, legs):
     parts = [Part((0, top + .035 * s.height, 0), (0, low, 0), trunk, UPPER, flat=.62, caps=(.1, .2),
                   cut=wear.hem * .95, below=LOWER, around=.16, name="torso")]
     def stretch(joint): return abs(legs[0][joint][2] - legs[1][joint][2]) / 2 + 2.3 * s.limb
-    sway = .5 * (legs[0][1][2] + legs[1][1][2])
-    def hang(length): return (0, waist, 0), (0, waist - length * s.height, sway)
+    def hang(by): return (0, waist, 0), (0, waist - by * s.height, .5 * (legs[0][1][2] + legs[1][1][2]))
     if "skirt" in wear.lower:
         length, joint = (.56 + .02, 2) if wear.lower == "longskirt" else (.33 + .02, 1)
         cone = {0: .98 * s.waist, .35: 1.1 * s.hip, 1: max(1.2 * s.hip, stretch(joint))}
@@ -278,23 +259,20 @@ def _torso(person, hip, legs):
         parts.append(Part(*hang(.40), cone, UPPER, caps=(0, 0), start=s.torso - .05 * s.height, around=.16))
     return parts, top
 
-# %% ../../nbs/60_people.ipynb #2819593b
+# %% ../../nbs/60_people.ipynb #dd9427de
 def _bag(person, hip, top, wrists):
     "What is carried; straps are painted on the torso."
-    s, wear = person.size, person.wear
-    if wear.bag == "backpack":
-        a, b = (0, top - .03, -.62 * s.chest - .08), (0, hip + .06 * s.height, -.62 * s.chest - .1)
-        return [Part(a, b, {0: .10, .12: .145, .85: .15, 1: .12}, BAG, flat=.62, caps=(.3, .2))]
-    if wear.bag == "shoulder":
-        x, width = wear.side * (s.hip + .05), {0: .055, .2: .065, 1: .065}
-        return [Part((x, hip + .10, -.03), (x, hip - .12, -.03), width, BAG, flat=2.2, caps=(.1, .2))]
-    if wear.bag == "tote":
-        (x, y, z), width = wrists[wear.side], {0: .06, .1: .075, 1: .08}
-        return [Part((x, y - .07, z), (x, y - .13, z), {0: .012, 1: .015}, BAG),
-                Part((x, y - .13, z), (x, y - .40, z), width, BAG, flat=2.0, caps=(.05, .1))]
-    return []
+    s, side, (x, y, z) = person.size, person.wear.side * (person.size.hip + .05), wrists[person.wear.side]
+    low, back = hip + .06 * s.height, -.62 * s.chest
+    bags = dict(backpack=[((0, top - .03, back - .08), (0, low, back - .1),
+                           {0: .10, .12: .145, .85: .15, 1: .12}, BAG, .62, (.3, .2))],
+                shoulder=[((side, hip + .10, -.03), (side, hip - .12, -.03),
+                           {0: .055, .2: .065, 1: .065}, BAG, 2.2, (.1, .2))],
+                tote=[((x, y - .07, z), (x, y - .13, z), {0: .012, 1: .015}, BAG),
+                      ((x, y - .13, z), (x, y - .40, z), {0: .06, .1: .075, 1: .08}, BAG, 2.0, (.05, .1))])
+    return [Part(*bag) for bag in bags.get(person.wear.bag, [])]
 
-# %% ../../nbs/60_people.ipynb #ae3b819a
+# %% ../../nbs/60_people.ipynb #21033ee7
 def body(
     person,  # `Person`
     phase,   # of the step, radians
@@ -302,10 +280,9 @@ def body(
     turn,    # of the head, radians
 ):           # list of `Part`, torso first
     "All parts of a person in one pose."
-    size, wear = person.size, person.wear
-    free = dict(longskirt=.5, skirt=.8).get(wear.lower, .8 if wear.upper == "coat" else 1.0)
-    stride = .42 * walk * size.stride * free
-    hip, legs = _pose_legs(size, phase, stride)
+    free = dict(longskirt=.5, skirt=.8).get(person.wear.lower, .8 if person.wear.upper == "coat" else 1.0)
+    stride = .42 * walk * person.size.stride * free
+    hip, legs = _pose_legs(person.size, phase, stride)
     torso, top = _torso(person, hip, legs)
     arms, wrists = _arms(person, top, phase, stride)
     return torso + _legs(person, legs) + arms + _head(person, top, turn) + _bag(person, hip, top, wrists)
