@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['path', 'synth', 'verify', 'train', 'evaluate', 'search', 'experiments', 'reproduce']
 
-# %% ../nbs/68_commands.ipynb #79bee022
+# %% ../nbs/68_commands.ipynb #4303c998
 import json as jsonlib
 from pathlib import Path
 
-from .console import UserError, between, command, one_of, whole
+from .console import UserError, command, one_of, whole
 from .files import write_whole
 
-# %% ../nbs/68_commands.ipynb #aac144cb
-def path(
-    text,  # as typed
-):         # `Path`
+# %% ../nbs/68_commands.ipynb #ffbc624a
+def path(text):
     "A path of the command line; `~` is the user's home."
     return Path(text).expanduser()
 
@@ -66,12 +64,12 @@ def verify(
     _write_json(json, report.to_json())
     return int(not report.ok)
 
-# %% ../nbs/68_commands.ipynb #14840ef5
+# %% ../nbs/68_commands.ipynb #12c14ae6
 def _fields():
     from di2l.model import METHODS
     from di2l.runs.config import Config
-    own = {"\nsettings of the method di2l (caj and agw have the same):": METHODS["di2l"]}
-    return {"every field of the configuration is an option:": Config, **own}
+    return {"every field of the configuration is an option:": Config,
+            "\nsettings of the method di2l (caj and agw have the same):": METHODS["di2l"]}
 
 @command("di2l_train", _fields)
 def train(
@@ -88,17 +86,14 @@ def train(
     run = train(config(preset, **changes), out, resume)
     if json: write_whole(json, (run / "summary.json").read_bytes())
 
-# %% ../nbs/68_commands.ipynb #1446da65
-_EVERY = {"metric", "expand", "rerank", "json"}
-_USES = {                                                    # form of the command: options with a part in it
-    "--run": {"run", "mode", "shots", "permutations", "seed", "direction", "flip", "root",
-              "device", *_EVERY},
-    "--gallery": {"features", "gallery", "skip", *_EVERY},
-    "--protocol sysu": {"features", "protocol", "mode", "shots", "permutations", "seed", "trials",
-                        "direction", *_EVERY},
-    "--protocol llcm": {"features", "protocol", "seed", "trials", "direction", *_EVERY},
-    "--protocol regdb": {"features", "protocol", "direction", *_EVERY},
-}
+# %% ../nbs/68_commands.ipynb #699daee1
+_EVERY = "metric expand rerank json"
+_USES = {                                     # form of the command: options with a part in it, beside those
+    "--run": "run mode shots permutations seed direction flip root device",
+    "--gallery": "features gallery skip",
+    "--protocol sysu": "features protocol mode shots permutations seed trials direction",
+    "--protocol llcm": "features protocol seed trials direction",
+    "--protocol regdb": "features protocol direction"}
 
 def _form(given):
     "Which form of `di2l_eval` was asked for; a `UserError` for options that have no part in it."
@@ -109,7 +104,7 @@ def _form(given):
     one_of(("sysu", "regdb", "llcm"), protocol=protocol)
     form = "--run" if run else "--gallery" if given["gallery"] else f"--protocol {protocol}"
     for name, value in given.items():
-        if value not in (None, False) and name not in _USES[form]:
+        if value not in (None, False) and name not in f"{_USES[form]} {_EVERY}".split():
             raise UserError(f"--{name} does nothing with {form}; leave it out")
     return form
 
@@ -173,7 +168,7 @@ def _scores(form, *, run, features, gallery, protocol, mode, shots, permutations
     plans = feature_protocols(records, protocol or "sysu", direction, permutations=permutations, **drawn)
     return [evaluate_protocol(table, records, plan, **how) for plan in plans]
 
-# %% ../nbs/68_commands.ipynb #8e1103c0
+# %% ../nbs/68_commands.ipynb #45d5091c
 @command("di2l_search")
 def search(
     run: path = None,              # folder of a finished training run
@@ -194,8 +189,7 @@ def search(
     from di2l.retrieval.page import retrieval_page, search_run
     if run is None: raise UserError("give --run RUN, the folder of a finished training run")
     other = gallery_modality or dict(infrared="visible", visible="infrared").get(modality)
-    one_of(("infrared", "visible"), modality=modality)
-    one_of(("infrared", "visible"), gallery_modality=other)
+    one_of(("infrared", "visible"), modality=modality, gallery_modality=other)
     whole(1, k=k, limit=limit)
     table = search_run(run, query, gallery, modality, other, k, limit, metric, flip, root, device)
     print(table.groupby("query", sort=True).head(5).to_string(index=False))

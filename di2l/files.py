@@ -48,7 +48,7 @@ def write_whole(
         raise
     sync_folder(path.parent)
 
-# %% ../nbs/51_files.ipynb #0e950c39
+# %% ../nbs/51_files.ipynb #a86858d8
 def _hold(fd, wait):
     "Lock an open file; `BlockingIOError` or `PermissionError` if another process has it."
     try: import fcntl
@@ -64,18 +64,14 @@ def locked(
     busy="is in use",   # what the error says of the file's folder
 ):
     "Hold a lock inside the `with`."
-    path = Path(path)
     try: fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-    except OSError as e:
-        todo = "remove it, or choose another folder"
-        raise UserError(f"{path}: cannot be opened as a lock ({e.strerror}); {todo}") from None
-    try:
+    except OSError as e: raise UserError(f"{path}: cannot be opened as a lock ({e}); remove it") from None
+    with open(fd, "rb+"):
         try: _hold(fd, wait)
         except (BlockingIOError, PermissionError):
-            raise UserError(f"{path.parent} {busy}; wait for it, or take another folder") from None
+            raise UserError(f"{Path(path).parent} {busy}; wait for it, or take another folder") from None
         except OSError: pass                                                 # a file system without locks
         yield
-    finally: os.close(fd)
 
 # %% ../nbs/51_files.ipynb #2f3701fb
 def read_json(
