@@ -116,7 +116,7 @@ def fake_data(identities, each, size):
     records = pd.DataFrame(dict(path=[""] * n, pid=np.repeat(np.arange(identities), 2 * each), cam=1, modality=np.tile(np.repeat(["visible", "infrared"], each), identities), split="train", frame=1))
     few = np.random.default_rng(0).integers(0, 256, (64, *size, 3), dtype=np.uint8)
     class Cache:
-        images = SimpleNamespace(nbytes=n * few[0].nbytes)
+        images, digest = SimpleNamespace(nbytes=n * few[0].nbytes), ""
         def read(self, rows, out=None): return torch.from_numpy(few[np.asarray(rows) % 64]).permute(0, 3, 1, 2)
     return Dataset("sysu", Path("."), records), Cache()
 
@@ -127,7 +127,7 @@ def engine(ids=8, identities=K, each=4, preset="paper-sysu", **changes):
     from di2l import train as T
     from di2l.runs.config import config
     dataset, cache = fake_data(identities, each, config(preset).size)
-    given = dict(read_dataset=lambda *a, **k: dataset, cache_images=lambda *a, **k: cache, data_digest=lambda *a: "")
+    given = dict(read_dataset=lambda *a, **k: dataset, cache_images=lambda *a, **k: cache)
     with mock.patch.multiple(T, **given):
         run = T.Run(config(preset, ids=ids, device="cpu", **({"weights": None} | changes)), "unused")
     def step():

@@ -40,7 +40,7 @@ def files(run):
 # --- fresh processes: forked from one that has imported everything and run nothing
 
 FRESH = multiprocessing.get_context("forkserver")
-FRESH.set_forkserver_preload(["di2l.train", "accelerate", "torchvision", "torch.utils.tensorboard"])
+FRESH.set_forkserver_preload(["di2l.train", "accelerate", "torchvision"])
 
 
 def _child(config, out, fault):
@@ -199,6 +199,21 @@ def test_a_folder_that_turns_read_only_is_said(tiny, tmp_path):
     assert R.load_checkpoint(out / "checkpoints")[1]["step"] == 2
 
 
+def test_other_images_are_not_resumed_on(small, tiny, tmp_path, monkeypatch):
+    "Some training images become noise between saving and resuming."
+    from PIL import Image
+    root = shutil.copytree(tiny, tmp_path / "data")
+    monkeypatch.setattr(T.Run, "_any", lambda run, caught: "SIGTERM" if run.step == 2 else None)
+    with pytest.raises(P.Interrupted): T.train(small(root=str(root)), tmp_path / "run", quiet=True)
+    records = T.Run(small(), "unused").dataset.train
+    for path in records.path.iloc[::max(1, len(records) // 5)]:
+        file = root / path
+        size = Image.open(file).size
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(file)
+    with pytest.raises(UserError, match="data_digest was"): T.train(small(root=str(root)), tmp_path / "run", True, True)
+    assert R.load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 2
+
+
 # --- the same seed, another seed
 
 def test_same_seed_same_bits_another_seed_other_weights(small, tmp_path):
@@ -235,7 +250,7 @@ def test_checkpoints_hold_no_code_and_two_are_kept(small, tmp_path):
     out = T.train(small(steps=7), tmp_path / "run", quiet=True)
     assert [p.name for p in R.checkpoints(out / "checkpoints")] == ["step-00000006", "step-00000007"]
     state = torch.load(out / "checkpoints/step-00000007/state.pt", weights_only=True)
-    assert {"step", "epoch", "position", "optimiser", "lr", "random", "config", "versions", "scaler"} <= set(state)
+    assert {"step", "optimiser", "random", "scaler", "fixed", "surroundings"} <= set(state)
 
 
 # --- a folder that is not as it was left
@@ -293,7 +308,7 @@ def test_other_surroundings_are_said_and_kept(small, tmp_path, monkeypatch):
         T.train(c, tmp_path, resume=True, quiet=True)                        # as before: nothing to say
     finally: torch.set_num_threads(1)
     here = F.versions()["torch"]
-    assert R.summary(tmp_path)["resumed_with"] == [dict(step=2, threads=[1, 2], torch=[here, "3.0"])]
+    assert R.summary(tmp_path)["resumed_with"] == [f"after step 2 with threads 1 → 2, torch {here} → 3.0"]
 
 
 def test_a_killed_write_leaves_nothing_behind_after_the_next_start(small, tmp_path):
@@ -571,13 +586,6 @@ def test_a_notebooks_launcher_runs_it(small, tmp_path):
     from accelerate import notebook_launcher
     notebook_launcher(T.train, (small(), tmp_path / "launched", False, True), num_processes=1)
     assert files(tmp_path / "launched") == files(T.train(small(), tmp_path / "called", quiet=True))
-
-
-def test_tensorboard_shows_the_csvs_numbers(small, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    out = T.train(small(log="tensorboard"), tmp_path / "run", quiet=True)
-    events = EventAccumulator(str(out / "tensorboard")); events.Reload()
-    assert np.allclose([e.value for e in events.Scalars("loss")], read_log(out).loss)
 
 
 # --- configuration

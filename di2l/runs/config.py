@@ -13,7 +13,7 @@ from os.path import expanduser
 from ..console import UserError, field_types, one_of, read_value, suggest
 from ..model import METHODS
 
-# %% ../../nbs/56_config.ipynb #fa32c301
+# %% ../../nbs/56_config.ipynb #33985122
 @dataclass(frozen=True)
 class Config:
     "Everything that decides what a run computes."
@@ -44,10 +44,9 @@ class Config:
     checkpointing: bool = False      # recompute residual blocks in the backward pass: less memory, more time
     device: str = "auto"             # cpu, cuda, or auto: the GPU if there is one
     save_every: int = 0              # steps between checkpoints; 0: every epoch
-    log: str = "csv"                 # csv, or tensorboard (beside the csv)
     settings: dict = field(default_factory=dict)  # the method's own settings, by name
 
-# %% ../../nbs/56_config.ipynb #3faf2f74
+# %% ../../nbs/56_config.ipynb #eb4f5de9
 PRESETS = {
     "paper-sysu": dict(),
     "paper-regdb": dict(dataset="regdb"),
@@ -58,37 +57,32 @@ PRESETS = {
         optimiser="adamw", lr=4e-3, head_lr=1.0,           # SGD at 0.01 is for fine-tuning
         schedule="cosine", warmup=2.0, steps=600,          # a short run wants its rate at 0 when it ends
         wrt_scale=4.0,                                     # WRT on raw features stalls from scratch (06_wrt)
-        erase=0.2,                                         # at 0.5 a short run underfits
-        pad=4,                                             # 10 pixels are a fifth of an image 48 wide
+        erase=0.2, pad=4,                                  # 0.5 underfits; 10 pixels are a fifth of the width
         save_every=300,                                    # an epoch lasts seconds here
     ),
 }
 
-# %% ../../nbs/56_config.ipynb #d0251d3d
+# %% ../../nbs/56_config.ipynb #7fede208
 _CHOICES = dict(dataset="sysu regdb llcm", optimiser="sgd adamw", schedule="steps cosine",
-                device="auto cpu cuda", precision="auto fp32 bf16 fp16", log="csv tensorboard")
+                device="auto cpu cuda", precision="auto fp32 bf16 fp16")
+_COUNTS = "steps warmup clip save_every seed momentum weight_decay"
 
 def _need(c, names, ok, what):
     "A `UserError` for the first field whose value is not `ok`."
     for name in names.split():
         if not ok(value := getattr(c, name)): raise UserError(f"{name} = {value!r}: {what}")
 
-def check_config(
-    c,  # `Config`
-):      # the same
-    "Refuse what cannot be meant."
+def check_config(c):
+    "The same `Config`; what cannot be meant is refused."
     for name, names in _CHOICES.items(): one_of(names.split(), **{name: getattr(c, name)})
     _need(c, "visible infrared accumulate trial", lambda v: v >= 1, "expected 1 or more")
-    _need(c, "steps warmup clip save_every seed momentum weight_decay", lambda v: 0 <= v < 2**63,
-          "expected 0 or more, under 2⁶³")
+    _need(c, _COUNTS, lambda v: 0 <= v < 2**63, "expected 0 or more, under 2⁶³")
     _need(c, "lr head_lr", lambda v: 0 < v < math.inf, "expected a number above 0")
     _need(c, "ids", lambda v: v >= 2, "expected 2 or more, a triplet needs another identity")
     _need(c, "trial", lambda v: v == 1 or c.dataset == "regdb", f"only regdb has trials, not {c.dataset}")
     _need(c, "epochs", lambda v: v >= 1 or c.steps, "expected 1 or more, or a number of `steps`")
-    _need(c, "compile", lambda v: not (v and c.checkpointing),
-          "PyTorch cannot compile a network that recomputes its blocks (checkpointing); take one of the two")
-    _need(c, "size", lambda v: len(v) == 2 and min(v) >= 16,
-          "expected height and width, 16 pixels or more each, such as 288x144")
+    _need(c, "compile", lambda v: not (v and c.checkpointing), "not with checkpointing; take one of the two")
+    _need(c, "size", lambda v: len(v) == 2 and min(v) >= 16, "expected height and width, 16 pixels or more")
     return c
 
 # %% ../../nbs/56_config.ipynb #d3d1e94f
@@ -132,24 +126,19 @@ def config(
     _must_matter(changes, _flat(dataclasses.asdict(c)), {**dataclasses.asdict(method()), **vars(Config)})
     return c
 
-# %% ../../nbs/56_config.ipynb #d2ff8e50
-def show_config(
-    c,  # `Config`
-):      # text in three columns
-    "All fields with their values, the method's too."
+# %% ../../nbs/56_config.ipynb #e20f0bd8
+def show_config(c):
+    "Text in three columns: all fields of a `Config` with their values, the method's too."
     rows = [(f.name, getattr(c, f.name)) for f in fields(c) if f.name != "settings"]
     cells = [f"{n:>14} {v!s:<12}" for n, v in rows + [(f"{c.method}.{n}", v) for n, v in c.settings.items()]]
     third = math.ceil(len(cells) / 3)
     return "\n".join("  ".join(cells[i::third]).rstrip() for i in range(third))
 
-# %% ../../nbs/56_config.ipynb #e1f607e4
+# %% ../../nbs/56_config.ipynb #ecd4a4ef
 MAY_DIFFER = ("root", "log", "save_every", "device")
 
-def config_changes(
-    before,  # configuration of a run folder, a dict
-    now,     # `Config`
-):           # list of text, one item a field
-    "Fields that differ, and how."
-    old, new = (json.loads(json.dumps(_flat(d))) for d in (before, dataclasses.asdict(now)))
+def config_changes(before, now):
+    "Fields in which two configurations, dicts, differ, and how: a list of text."
+    old, new = (json.loads(json.dumps(_flat(d))) for d in (before, now))
     return [f"{n} was {old.get(n)!r} and is {new.get(n)!r}" for n in {**old, **new}
             if n not in MAY_DIFFER and old.get(n) != new.get(n)]

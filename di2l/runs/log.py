@@ -5,47 +5,31 @@
 # %% auto #0
 __all__ = ['Log', 'read_log', 'plot_log', 'Curves']
 
-# %% ../../nbs/58_run_log.ipynb #3070fbf0
-import csv, io, os, time, warnings
+# %% ../../nbs/58_run_log.ipynb #45dc887f
+import io, os, time, warnings
 from pathlib import Path
 
 from ..console import UserError, in_notebook
 
-# %% ../../nbs/58_run_log.ipynb #8ada41b2
+# %% ../../nbs/58_run_log.ipynb #186a8978
 class Log:
-    "`log.csv`, one line a step, and TensorBoard's files if asked for."
-    def __init__(self,
-        out,                # run folder
-        length=0,           # bytes to keep of the file that is there
-        step=0,             # first step that is new
-        tensorboard=False,  # write `tensorboard/` too
-    ):
-        self.path, self.writer = Path(out) / "log.csv", None
+    "`log.csv` of a run, one line a step, after the first `length` bytes of the file that is there."
+    def __init__(self, out, length=0):
+        self.path = Path(out) / "log.csv"
         kept = self.path.read_bytes()[:length] if self.path.exists() else b""
         if len(kept) < length:
-            warnings.warn(f"{self.path} is shorter than it was when the checkpoint was written; "
-                          "the scalars of earlier steps are lost")
+            warnings.warn(f"{self.path} was cut or lost; the scalars of earlier steps are lost")
             kept = kept[:kept.rfind(b"\n") + 1]
         with open(self.path, "ab") as f: f.truncate(len(kept))
-        if tensorboard:
-            try: from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("log = 'tensorboard', but it is not installed; pip install tensorboard, "
-                                "or take log=csv") from None
-            self.writer = SummaryWriter(str(Path(out) / "tensorboard"), purge_step=step)
 
     def write(self, rows):
         "Append a list of dicts, one a step."
-        with open(self.path, "a", newline="") as f:
-            table = csv.writer(f, lineterminator="\n")
-            if not f.tell(): table.writerow(rows[0])
-            table.writerows([f"{v:.9g}" for v in row.values()] for row in rows)
-        for row in rows if self.writer else ():
-            for name, v in row.items(): self.writer.add_scalar(name, v, int(row["step"]))
+        with open(self.path, "a", newline="\n") as f:
+            if not f.tell(): f.write(",".join(rows[0]) + "\n")
+            f.writelines(",".join(f"{v:.9g}" for v in row.values()) + "\n" for row in rows)
 
     def length(self):
         "Bytes that are on the disk."
-        if self.writer: self.writer.flush()
         with open(self.path, "ab") as f:
             os.fsync(f.fileno())
             return f.tell()
@@ -63,36 +47,33 @@ def read_log(
     if "step" in table and len(table): return table
     raise UserError(f"{path}: holds no steps; {todo}")
 
-# %% ../../nbs/58_run_log.ipynb #1d610170
+# %% ../../nbs/58_run_log.ipynb #b66ce826
 def plot_log(
-    log,        # DataFrame of `read_log`
-    axes=None,  # two axes, made if need be
-):              # the axes
+    log,  # DataFrame of `read_log`
+):        # matplotlib `Figure`
     "Loss terms and accuracy over the steps."
     from matplotlib.figure import Figure
-    if axes is None: axes = Figure(figsize=(8, 2.4), dpi=80, layout="constrained").subplots(1, 2)
+    figure = Figure(figsize=(8, 2.4), dpi=80, layout="constrained")
     terms = [n for n in log.columns if n not in ("step", "epoch", "lr", "accuracy", "grad_norm")]
-    for axis, names in zip(axes, (terms, ["accuracy"])):
+    for axis, names in zip(figure.subplots(1, 2), (terms, ["accuracy"])):
         for i, n in enumerate(names):
             axis.plot(log.step, log[n], color=f"C{i}", alpha=0.25, lw=0.8)
             mean = log[n].rolling(max(1, len(log) // 20), min_periods=1).mean()
             axis.plot(log.step, mean, color=f"C{i}", label=n)
         axis.set(xlabel="step")
         axis.legend(frameon=False)
-    return axes
+    return figure
 
 class Curves:
     "Live curves under the cell that trains; nothing outside a notebook."
-    handle = None
-
-    def __init__(self, out): self.out, self.last = out, time.monotonic()
+    def __init__(self, out): self.out, self.last, self.handle = out, time.monotonic(), None
 
     def update(self, final=False):
         "Draw if three seconds have passed, or if it is the last time."
         if not in_notebook() or not (final or time.monotonic() - self.last > 3): return
         from IPython.display import Image, display
         buffer = io.BytesIO()
-        plot_log(read_log(self.out))[0].figure.savefig(buffer, format="png", metadata={"Software": None})
+        plot_log(read_log(self.out)).savefig(buffer, metadata={"Software": None})
         image = Image(buffer.getvalue())
         if self.handle: self.handle.update(image)
         else: self.handle = display(image, display_id=True)

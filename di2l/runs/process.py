@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Interrupted', 'NonFinite', 'Signals', 'draws', 'random_states', 'set_random_states', 'choose_precision',
-           'make_accelerator', 'fix_arithmetic', 'keep_freed_memory', 'peak_memory', 'recompute_blocks']
+           'make_accelerator', 'from_all', 'fix_arithmetic', 'keep_freed_memory', 'recompute_blocks']
 
-# %% ../../nbs/59_process.ipynb #161f2602
-import functools, os, random, signal, sys, threading, warnings
+# %% ../../nbs/59_process.ipynb #af438a96
+import functools, os, random, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -43,39 +43,30 @@ class Signals:
         self.caught = signal.Signals(number).name
         self.__exit__()
 
-# %% ../../nbs/59_process.ipynb #60a0c0d2
-def draws(
-    *key,  # whole numbers, in training (seed, epoch, step)
-):         # CPU `torch.Generator`
-    "A generator whose draws depend on the key and on nothing else."
+# %% ../../nbs/59_process.ipynb #a087bce9
+def draws(*key):
+    "A CPU `torch.Generator` whose draws depend on whole numbers and on nothing else."
     mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> 1))
 
-# %% ../../nbs/59_process.ipynb #08e6451c
+# %% ../../nbs/59_process.ipynb #216fe225
 def random_states():
     "States of every global generator, as `weights_only` loads them."
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return dict(python=random.getstate(), numpy=[kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-                torch=torch.get_rng_state(), cuda=cuda)
+    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(),
+                cuda=cuda)
 
-def set_random_states(
-    states,  # what `random_states` gave
-):
-    "Put every global generator back."
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    kind, keys, *rest = states["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+def set_random_states(states):
+    "Put every global generator back to what `random_states` gave."
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
     if len(states["cuda"]) == torch.cuda.device_count() > 0: torch.cuda.set_rng_state_all(states["cuda"])
 
-# %% ../../nbs/59_process.ipynb #cfd8ccbc
-def choose_precision(
-    c,       # `Config`
-    device,  # `torch.device`
-):           # fp32, bf16 or fp16
-    "What `auto` means on this processor."
+# %% ../../nbs/59_process.ipynb #67a74924
+def choose_precision(c, device):
+    "fp32, bf16 or fp16: what a `Config` asks for, or what its `auto` means on this `torch.device`."
     if c.precision == "fp16" and device.type == "cpu":
         raise UserError("precision = 'fp16' needs a GPU; take bf16 or fp32")
     if c.precision != "auto": return c.precision
@@ -84,11 +75,9 @@ def choose_precision(
     mkldnn = torch.backends.mkldnn.is_available()
     return "bf16" if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
-# %% ../../nbs/59_process.ipynb #2897fce7
-def make_accelerator(
-    c,  # `Config`
-):      # `accelerate.Accelerator`
-    "The device, the processes and the precision."
+# %% ../../nbs/59_process.ipynb #9e425287
+def make_accelerator(c):
+    "`accelerate.Accelerator`: the device, the processes and the precision that a `Config` asks for."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="IProgress")   # it imports a progress bar that is not used
         from accelerate import Accelerator
@@ -98,24 +87,25 @@ def make_accelerator(
     cpu = c.device == "cpu" or not torch.cuda.is_available()
     precision = choose_precision(c, torch.device("cpu" if cpu else "cuda"))
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    AcceleratorState._reset_state(alone)   # a second run in this process may want another precision or device
+    AcceleratorState._reset_state(alone)      # a later run in this process may want another precision, device
     return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
 
-# %% ../../nbs/59_process.ipynb #72347743
-def fix_arithmetic(
-    on=True,  # False: the caller's processor counts below 1e-38 again
-):
-    "The same algorithms in every run, and denormal numbers flushed to zero."
+def from_all(value):
+    "The values of all processes, a list."
+    from accelerate.utils import gather_object
+    return gather_object([value])
+
+# %% ../../nbs/59_process.ipynb #2aae1c95
+def fix_arithmetic(on=True):
+    "The same algorithms in every run, and denormal numbers flushed to zero; these alone come back if off."
     torch.set_flush_denormal(on)
     if not on: return
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
-# %% ../../nbs/59_process.ipynb #45b89ebf
-def keep_freed_memory(
-    on=True,  # False: as the system has it, and what is free goes back to it
-):            # whether the C library took it (glibc does)
-    "Reuse the memory of one step in the next."
+# %% ../../nbs/59_process.ipynb #d5eed7d6
+def keep_freed_memory(on=True):
+    "Reuse the memory of one step in the next, or stop and give it back; True if the C library can."
     import ctypes
     try: mallopt, trim = (getattr(ctypes.CDLL(None), name) for name in ("mallopt", "malloc_trim"))
     except (AttributeError, OSError, TypeError): return False              # macOS, Windows, musl
@@ -124,16 +114,7 @@ def keep_freed_memory(
     if not on: trim(0)
     return bool(done)
 
-def peak_memory(
-    device,  # `torch.device`
-):           # MB; None where the system does not say
-    "Most memory that this process has used so far, of the GPU or of the machine."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device) >> 20
-    try: import resource
-    except ImportError: return None                                        # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
-
-# %% ../../nbs/59_process.ipynb #e03645ef
+# %% ../../nbs/59_process.ipynb #9005809d
 @contextmanager
 def _statistics_left_alone(block):
     "Batch normalisation by the batch's statistics, the running ones untouched."
@@ -146,15 +127,12 @@ def _statistics_left_alone(block):
             m.momentum = momentum
             m.num_batches_tracked.copy_(count)
 
-def recompute_blocks(
-    network,  # changed in place
-):            # how many blocks it has
-    "Make torchvision's residual blocks keep nothing but their input for the backward pass."
+def recompute_blocks(network):
+    "Make torchvision's residual blocks keep nothing but their input for the backward pass; their number."
     from torch.utils.checkpoint import checkpoint
     from torchvision.models.resnet import BasicBlock, Bottleneck
     blocks = [m for m in network.modules() if isinstance(m, (BasicBlock, Bottleneck))]
-    if not blocks:
-        raise UserError("checkpointing = True, but the network has no block of torchvision's; leave it off")
+    if not blocks: raise UserError("checkpointing: the network has no block of torchvision's; leave it off")
     for b in blocks:
         contexts = lambda b=b: (nullcontext(), _statistics_left_alone(b))
         b.forward = functools.partial(checkpoint, b.forward, use_reentrant=False, context_fn=contexts)
