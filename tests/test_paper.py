@@ -97,7 +97,7 @@ def fake_record(name, data_seed, seed):
     infrared = 0.8 + 0.02 * (focal or name == "di2l") + 0.001 * seed
     sure = dict(visible=dict(confidence=0.9, accuracy=1.0), infrared=dict(confidence=infrared, accuracy=0.95))
     itself = dict(visible={"rank-1": level + 10}, infrared={"rank-1": level - 10 + seed})
-    of = experiments.identity(experiments.experiment(name), data_seed, seed)
+    of = experiments._identity(experiments.EXPERIMENTS[name], data_seed, seed)
     return dict(name=name, identity=of, metrics=protocols, intra_modality=itself, confidence=sure)
 
 

@@ -35,7 +35,7 @@ def save_figure(
     fig.savefig(f"{folder}/{name}.png", dpi=dpi, metadata={"Software": None})
     if table is not None: table.to_csv(f"{folder}/{name}.csv", index=False, float_format="%.4f")
 
-# %% ../../nbs/72_figures.ipynb #c36b4b1a
+# %% ../../nbs/72_figures.ipynb #d875f259
 def _draw_tile(ax, image, colour, weight, brightest):
     "An image `(H,W,3)` in its frame, and its stripes' weights `(P,)`, if any, as a strip to its right."
     H, W = image.shape[:2]
@@ -43,8 +43,8 @@ def _draw_tile(ax, image, colour, weight, brightest):
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set(visible=True, linewidth=0.6 if colour == "black" else 2.2, color=colour)
     if weight is None: return
-    strip = dict(extent=(W + 1, W + 6, H, 0), aspect="auto", cmap="magma", vmin=0, vmax=brightest)
-    ax.imshow(np.asarray(weight)[:, None], **strip)
+    ax.imshow(np.asarray(weight)[:, None], extent=(W + 1, W + 6, H, 0), aspect="auto", cmap="magma", vmin=0,
+              vmax=brightest)
     ax.set(xlim=(0, W + 6), ylim=(H, 0))
 
 def draw_grid(
@@ -65,13 +65,12 @@ def draw_grid(
     for ax, title in zip(axes[0], ["query", *range(1, top + 1)]): ax.set_title(title, fontsize=9, pad=3)
     return fig
 
-# %% ../../nbs/72_figures.ipynb #e16b97c8
+# %% ../../nbs/72_figures.ipynb #bc586879
 def draw_curves(
     record,  # of a run
 ):           # matplotlib figure
     "Loss terms and training accuracy over a recorded run."
-    plt, curve = style(), record["curve"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.4))
+    curve, (fig, (left, right)) = record["curve"], style().subplots(1, 2, figsize=(6.4, 2.4))
     terms = [k for k in curve if k not in ("step", "lr", "loss", "accuracy", "grad_norm", "epoch")]
     for name in terms: left.plot(curve["step"], curve[name], label=name)
     left.set(xlabel="step", ylabel="loss term"); left.legend()
@@ -84,11 +83,10 @@ def draw_cmc(
     record,  # of a run
 ):           # matplotlib figure
     "CMC curves of every protocol of a recorded run."
-    plt = style()
-    fig, ax = plt.subplots(figsize=(4.6, 3))
+    fig, ax = style().subplots(figsize=(4.6, 3))
     for name, metrics in record["metrics"].items():
-        ranks = range(1, 1 + len(metrics["cmc"]))
-        ax.plot(ranks, 100 * np.array(metrics["cmc"]), ".-", label=f"{name} (mAP {100 * metrics['mAP']:.1f})")
+        percent = 100 * np.array(metrics["cmc"])
+        ax.plot(np.arange(len(percent)) + 1, percent, ".-", label=f"{name} (mAP {100 * metrics['mAP']:.1f})")
     ax.set(xlabel="rank k", ylabel="CMC-k (%)", ylim=(None, 101), xticks=(1, 5, 10, 15, 20))
     ax.legend(loc="lower right")
     fig.tight_layout()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fill_readme', 'reproduce']
 
-# %% ../../nbs/73_readme.ipynb #6b8ec94e
+# %% ../../nbs/73_readme.ipynb #e8dfd3c7
 import re
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from ..experiments import CONFIRM, TABLE2, recorded, run
 from ..files import read_json
 from .figures import draw_cmc, draw_curves, draw_grid, save_figure
 from .gallery import read_gallery
-from .statistics import ALL_SEARCH, paired, results_frame
+from .statistics import ALL_SEARCH, difference_table, mean_sd, results_frame
 
-# %% ../../nbs/73_readme.ipynb #093bd716
+# %% ../../nbs/73_readme.ipynb #49ed4590
 _COLUMNS = ("rank1", "rank10", "rank20", "mAP", "mINP")
 
 def _table(head, rows):
@@ -24,30 +24,30 @@ def _table(head, rows):
 
 def _reproduce_block(record):
     "The record of the run that `make reproduce` makes."
-    device = record["device"].replace("1 threads", "1 thread")
     rows = [[p, *(f"{100 * m[k]:.1f}" for k in _COLUMNS)] for p, m in record["metrics"].items()]
     head, *table = _table(["protocol, ten trials", "rank-1", "rank-10", "rank-20", "mAP", "mINP"], rows)
     chance = 100 / record["metrics"][ALL_SEARCH]["identities"]
     text = ("What `make reproduce` trains and scores, as recorded "
-            f"(percent; {device}, {record['precision']}; other hardware or another number of threads rounds "
-            "differently, and differs as two seeds do; "
+            f"(percent; {record['device']}, {record['precision']}; other hardware or another number of "
+            "threads rounds differently, and differs as two seeds do; "
             f"a random guess finds the right one first in about {chance:.1f} %):")
     return "\n".join([text, "", head, "|---|---|---|---|---|---|", *table])
 
-# %% ../../nbs/73_readme.ipynb #f6cdc0f1
+# %% ../../nbs/73_readme.ipynb #1befe540
 _STEPS = dict(baseline="baseline (CAJ)", dpa="+ DPA", di2l="+ DPA + I2L")
 
 def _step(frame, name, other):
     "One paired difference in words."
-    mean, low, high, n = paired(frame, name, other, "mAP")
-    seen = "not to be told from zero" if low < 0 < high else "seen"
-    return f"{mean:+.1f} points of mAP (95 % interval {low:+.1f} to {high:+.1f}, {n} pairs: {seen})"
+    found = difference_table(frame, {"": (name, other)}, ["mAP"]).iloc[0]
+    seen = {"yes": "seen", "no": "not to be told from zero"}[found.seen]
+    text = "{mean:+.1f} points of mAP (95 % interval {low:+.1f} to {high:+.1f}, {pairs} pairs: {answer})"
+    return text.format(**found, answer=seen)
 
 def _table2_block(frame, again):
     "Table 2 from the planned runs, and from those on other data."
     runs = {name: frame[frame.name == name] for name in _STEPS}
     if min(map(len, runs.values())) < 2: return None
-    rows = [[_STEPS[name], str(len(r)), *(f"{r[k].mean():.1f} ± {r[k].std():.1f}" for k in ("rank-1", "mAP"))]
+    rows = [[_STEPS[name], str(len(r)), *(mean_sd(r[k]) for k in ("rank-1", "mAP"))]
             for name, r in runs.items()]
     head, *table = _table(["embedded benchmark, all-search single-shot", "runs", "rank-1", "mAP"], rows)
     text = ("Paired on data and training seed, DPA changes the baseline by "

@@ -20,15 +20,14 @@ from ..rca import normalise
 from ..retrieval.looking import attention_maps
 from ..runs.folder import load_network
 
-# %% ../../nbs/69_record.ipynb #8b6dac7e
+# %% ../../nbs/69_record.ipynb #1ea9d79f
 def tidy(
     x,         # numbers in dicts and lists
     digits=6,  # after the point
 ):             # the same, of Python's own types
     "Numbers rounded for a record, at any depth."
-    if isinstance(x, dict): return {k: tidy(v, digits) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [tidy(v, digits) for v in x]
-    return round(float(x), digits) if isinstance(x, (float, np.floating)) else x
+    text = json.dumps(x, default=lambda v: v.item())
+    return json.loads(text, parse_float=lambda number: round(float(number), digits))
 
 def dump(
     x,  # what JSON can hold
@@ -54,11 +53,11 @@ def label(
     shots = {1: "single-shot", None: None}.get(about.get("shots"), "multi-shot")
     return " ".join(str(word) for word in (about.get("direction"), about.get("mode"), shots) if word)
 
-# %% ../../nbs/69_record.ipynb #17c63b00
+# %% ../../nbs/69_record.ipynb #b45c6cef
 def _intra_modality(features, records, modality):
     "`Metrics` of a modality's test images among those of its other cameras; None where it has one camera."
-    rows = records.index[(records.split == "test") & (records.modality == modality)].to_numpy()
-    cam, pid = records.cam.to_numpy()[rows], records.pid.to_numpy()[rows]
+    test = records[(records.split == "test") & (records.modality == modality)]
+    rows, cam, pid = (values.to_numpy() for values in (test.index, test.cam, test.pid))
     if len(set(cam)) < 2: return None
     dist = distances(features[rows], features[rows])
     return evaluate(dist, pid, pid, cam, cam, skip=lambda q_pid, g_pid, q_cam, g_cam: q_cam == g_cam)
@@ -78,7 +77,7 @@ def _training_confidence(net, dataset, images, device):
                              accuracy=(found.argmax(1) == truth).float().mean().item())
     return out
 
-# %% ../../nbs/69_record.ipynb #d85ff831
+# %% ../../nbs/69_record.ipynb #4be65aef
 def part_attention(
     net,      # a `DI2L` with part attention
     images,   # `ImageCache`
@@ -86,9 +85,8 @@ def part_attention(
     rows,     # rows wanted
 ):            # weight that each stripe receives `(len(rows), P)`; sums to 1
     "Mean over i of α_ij (Eq. 4): how much the part features draw from stripe j."
-    net = net.cpu()
-    alpha = [attention_maps(net, images[[row]], records.modality[row])["dpa"][0] for row in rows]    # (P,P)
-    return torch.stack([a.mean(0) for a in alpha])
+    looked = [attention_maps(net.cpu(), images[[row]], records.modality[row]) for row in rows]
+    return torch.stack([maps["dpa"][0].mean(0) for maps in looked])                               # (N,P)
 
 def _attention_summary(net, dataset, images, most=200):
     "Of at most so many test images: mean weight of each stripe, share that gives one stripe over 0.99."
@@ -97,25 +95,23 @@ def _attention_summary(net, dataset, images, most=200):
     saturated = (weight.max(1).values > 0.99).float().mean().item()
     return dict(images=len(weight), mean=weight.mean(0).tolist(), saturated=saturated)
 
-# %% ../../nbs/69_record.ipynb #d7083b0e
+# %% ../../nbs/69_record.ipynb #1540f8d9
 def curve(
-    folder,     # run folder
-    points=60,  # length of the curve
-):              # {column: values}, each the mean over an equal share of the steps
-    "What `log.csv` says, thinned to a curve."
+    folder,  # run folder
+):           # {column: values}, each the mean over an equal share of the steps
+    "What `log.csv` says, thinned to a curve of sixty points."
     import pandas as pd
     log = pd.read_csv(Path(folder) / "log.csv")
-    share = np.minimum(np.arange(len(log)) * points // max(len(log), 1), points - 1)
+    share = np.arange(len(log)) * 60 // max(len(log), 1)
     return {k: v.tolist() for k, v in log.groupby(share).mean().drop(columns=["epoch"]).items()}
 
-# %% ../../nbs/69_record.ipynb #cef65f5c
+# %% ../../nbs/69_record.ipynb #03541ef8
 def score(
-    folder,       # finished run
-    device=None,  # None: the default device
-):                # what a record holds about the outcome, and (network, `Dataset`, `ImageCache`, features)
+    folder,  # finished run
+):           # what a record holds about the outcome, and (network, `Dataset`, `ImageCache`, features)
     "Everything that a record holds about an outcome."
-    net, info = load_network(folder)
-    c, device = info["config"], device or torch_device()
+    (net, info), device = load_network(folder), torch_device()
+    c, known = info["config"], {k: info[k] for k in ("num_ids", "device", "precision")}
     dataset = read_dataset(c["dataset"], c["root"], c["trial"])
     if c["hold_out"]: dataset = hold_out(dataset)
     records, images = dataset.records, cache_images(dataset, size=tuple(c["size"]))
@@ -130,14 +126,10 @@ def score(
     out = dict(metrics={label(r.about): _kept(r, dataset) for r in results},
                intra_modality={m: found.row() for m, found in intra.items() if found},
                confidence=sure, attention=looked, curve=curve(folder))
-    return {**_of_training(folder, info), **tidy(out)}, (net, dataset, images, features)
-
-def _of_training(folder, info):
-    "Configuration, network, device, versions and seconds of a run."
     seconds = read_json(Path(folder) / "summary.json", "delete the folder and train again")["seconds"]
-    known = {k: info[k] for k in ("config", "num_ids", "device", "precision")}
-    known["config"] = {k: v for k, v in known["config"].items() if k != "root"}
-    return dict(known, versions=versions(), seconds=round(seconds, 1))
+    config = {k: v for k, v in c.items() if k != "root"}
+    about = dict(config=config, **known, versions=versions(), seconds=round(seconds, 1))
+    return {**about, **tidy(out)}, (net, dataset, images, features)
 
 def _kept(result, dataset):
     "A protocol's metrics; of ten trials' curves only the mean."
