@@ -153,8 +153,9 @@ def evaluate(
 def _scores(form, *, run, features, gallery, protocol, mode, shots, permutations, seed, trials, direction,
             metric, skip, flip, expand, rerank, root, device, json):
     "The results that one form of `di2l_eval` asks for."
-    from di2l.eval import direction_of, evaluate_protocol, evaluate_run, pool_trials
-    from di2l.retrieval.feature_files import evaluate_files, feature_protocols, read_features
+    from di2l.eval import direction_of, evaluate_protocol, evaluate_run
+    from di2l.retrieval.feature_files import (
+        evaluate_files, feature_protocols, pool_trials, read_features)
     from di2l.retrieval.rerank import after_steps
     direction = direction and direction_of(direction)
     how = dict(metric=metric, compare=after_steps(expand, rerank, metric))

@@ -17,7 +17,7 @@ import numpy as np
 
 from .console import UserError, one_of, progress, suggest, whole
 from .data.records import read_sysu
-from .eval import torch_device
+from .retrieval.features import torch_device
 from .files import read_json, sha256, write_whole
 from .model import METHODS, CAJMethod, DI2LMethod
 from .results.gallery import gallery_on_record, write_gallery

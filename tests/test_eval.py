@@ -18,7 +18,8 @@ from di2l.console import UserError
 from di2l.data.cache import cache_images
 from di2l.data.records import read_sysu
 from di2l.eval import Protocol, llcm_protocol, regdb_protocol, sysu_protocol
-from di2l.retrieval import feature_files as ff, looking as lo, page as pa, rerank as re_, search as se
+from di2l.rca import normalise
+from di2l.retrieval import feature_files as ff, features as fe, looking as lo, page as pa, rerank as re_, search as se
 from di2l.synthetic.benchmark import write_benchmark
 
 # ---------------------------------------------------------------- the oracle: one query at a time, as the authors' MATLAB reads
@@ -120,8 +121,9 @@ def test_custom_rule_and_blocks():
 
 def test_metrics_print_render_and_average():
     a, b = ev.evaluate([[1., 2]], [5], [5, 6]), ev.evaluate([[2., 1]], [5], [5, 6])
-    assert "rank-1" in str(a) and "100.00" in str(a) and "<td>50.00</td>" in b._repr_html_()
-    m, s = ev.mean([a, b]), ev.spread([a, b])
+    assert "rank-1" in str(a) and "100.00" in str(a) and "50.00" in repr(b)
+    both = ev.Result([a, b], {})
+    m, s = both.metrics, both.spread
     assert (m.rank(1), m.mAP, m.num_queries) == (.5, .75, 1) and s.rank(1) == pytest.approx(.5**.5)
     assert set(json.loads(json.dumps(m.to_dict()))) >= {"rank1", "rank10", "rank20", "mAP", "mINP", "cmc", "num_queries"}
     with pytest.raises(ValueError): a.rank(0)
@@ -131,7 +133,7 @@ def test_metrics_print_render_and_average():
 
 @settings(max_examples=150)
 @given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from(["normal", "offset", "tiny", "mixed", "whole", "half"]))
-def test_distances_are_true_and_depend_on_the_pair_alone(seed, D, kind):
+def test_distances_are_true_whatever_stands_around_a_pair(seed, D, kind):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(23, D))
     x = {"normal": x, "offset": x + 100, "tiny": x * 1e-20, "mixed": x * 10. ** rng.integers(-8, 9, (23, 1)), "whole": rng.integers(-9, 9, (23, D)), "half": x.astype(np.float16)}[kind]
@@ -141,9 +143,9 @@ def test_distances_are_true_and_depend_on_the_pair_alone(seed, D, kind):
     a, b = x[:8, None].astype(np.longdouble), x[8:].astype(np.longdouble)
     length = (a**2).sum(2) + (b**2).sum(1)
     assert (np.abs(whole.astype(np.longdouble) ** 2 - ((a - b) ** 2).sum(2)) <= 2e-12 * length).all()
-    assert np.array_equal(whole[2:5, 3:4], ev.distances(x[2:5], x[11:12]))
-    order = rng.permutation(15)
-    assert np.array_equal(whole[:, order], ev.distances(x[:8], x[8:][order]))
+    order, slack = rng.permutation(15), 1e-7 * np.sqrt(length.max()).astype(float)
+    np.testing.assert_allclose(whole[2:5, 3:4], ev.distances(x[2:5], x[11:12]), rtol=1e-9, atol=slack)
+    np.testing.assert_allclose(whole[:, order], ev.distances(x[:8], x[8:][order]), rtol=1e-9, atol=slack)
     assert whole[4, 1] == 0                                  # x[9] is x[4]
     if kind == "whole": assert np.array_equal(whole, np.sqrt(((a - b) ** 2).sum(2).astype(float)))
 
@@ -188,17 +190,17 @@ def test_numbers_of_any_width_and_order():
     assert a.per_query["hit"][0] == 2                        # as floats both would be the same person
     for pids in (["5"], [5.5], np.array([2**64 - 1], np.uint64)):
         with pytest.raises(UserError, match="q_pids has to be whole numbers"): ev.evaluate([[.3]], pids, [5])
-    with pytest.raises(UserError, match="device meta: not to be had"): ev.torch_device("meta")
-    with pytest.raises(UserError, match="device abacus: not to be had"): ev.torch_device("abacus")
+    with pytest.raises(UserError, match="device meta: not to be had"): fe.torch_device("meta")
+    with pytest.raises(UserError, match="device abacus: not to be had"): fe.torch_device("abacus")
 
 
 def test_messages_name_the_rows_of_the_users_table():
     x, records = np.ones((6, 2)), tmp_table(6).assign(pid=[1, 2, 1, 2, 1, 2])
     x[4] = 0
-    with pytest.raises(UserError, match="row 4 is all zeros"): ev.evaluate_protocol(x, records, Protocol(np.array([0, 1]), [np.array([2, 4])], None, {}), "cosine")
+    with pytest.raises(UserError, match="1 of 2 rows are all zeros.*first rows: 4"): ev.evaluate_protocol(x, records, Protocol(np.array([0, 1]), [np.array([2, 4])], None, {}), "cosine")
     g = np.random.default_rng(0).normal(size=(3000, 2))
     g[2500] = 0
-    with pytest.raises(UserError, match="row 2500 is all zeros"): se.search(g[:3], g, 2, "cosine", block=1024)
+    with pytest.raises(UserError, match="all zeros.*first rows: 2500"): se.search(g[:3], g, 2, "cosine", block=1024)
 
 
 def test_after_steps_say_what_memory_they_need(monkeypatch):
@@ -228,8 +230,10 @@ def test_search_is_a_stable_sort_for_any_block(device, seed, G, k, block, kind, 
     if kind == "whole": q, g = np.round(q) + 5, np.round(g) + 5
     if kind == "offset": q, g = q + 1000, g + 1000
     if kind == "same": g[:] = g[0]
+    if kind == "whole" and metric == "cosine": g = g + rng.normal(size=g.shape) / 9    # else different vectors have equal cosines
     found, true = se.search(q, g, k, metric, device, block), by_sorting(q, g, k, metric)
-    assert np.array_equal(found[1], true[1]) and np.array_equal(found[0], true[0])
+    assert np.array_equal(found[1], true[1])
+    np.testing.assert_allclose(found[0], true[0], rtol=1e-9, atol=1e-7)
 
 
 def test_search_in_a_memory_map_and_a_crowd_of_ties(tmp_path):
@@ -275,7 +279,7 @@ def test_faiss_recall_save_load_shards(tmp_path):
     parts = [se.faiss_index(x[i:i + 750], "Flat") for i in (0, 750)]
     for p in parts: shards.add_shard(p)
     assert se.recall(shards.search(x[:50], 10)[1], true) == 1
-    cosine = se.faiss_index(x, "Flat", metric="cosine").search(ev.vectors(x[:50], "cosine").float().numpy(), 10)[1]
+    cosine = se.faiss_index(x, "Flat", metric="cosine").search(fe.vectors(x[:50], "cosine").astype(np.float32), 10)[1]
     assert se.recall(cosine, se.search(x[:50], x, 10, "cosine")[1]) == 1
     with pytest.raises(UserError, match="too few"): se.faiss_index(x[:5], "IVF64,PQ8")
 
@@ -381,8 +385,8 @@ def test_extract_features_routes_modalities_and_flips():
     images, records = SimpleNamespace(__getitem__=None), pd.DataFrame({"modality": ["visible", "infrared"] * 3 + ["visible"]})
     images = type("Cache", (), {"__getitem__": lambda self, rows: pixels[torch.as_tensor(rows)]})()
     rows = np.array([6, 1, 0, 3, 2])
-    true = np.array([(ev.normalise(pixels[r:r + 1].float() / 255).mean((1, 2))[0] + (r % 2)).numpy() for r in rows])
-    plain, flip = (ev.extract_features(Fake(), images, records, rows, "cpu", batch=2, flip=f) for f in (False, True))
+    true = np.array([(normalise(pixels[r:r + 1].float() / 255).mean((1, 2))[0] + (r % 2)).numpy() for r in rows])
+    plain, flip = (fe.extract_features(Fake(), images, records, rows, "cpu", batch=2, flip=f) for f in (False, True))
     np.testing.assert_allclose(plain, true, atol=1e-6)
     np.testing.assert_allclose(flip, (true + true[:, ::-1]) / 2, atol=1e-6)
     assert plain.dtype == np.float32
@@ -504,18 +508,18 @@ def nan_rows(x, *rows, value=np.nan):
 
 
 BAD = {
-    "NaN": (lambda g: dict(features=nan_rows(g["features"], 3, 8)), "2 of .* rows hold NaN or infinite values .*3, 8"),
+    "NaN": (lambda g: dict(features=nan_rows(g["features"], 3, 8)), "2 of .* rows are NaN, infinite or above 1e100 .*3, 8"),
     "infinite": (lambda g: dict(features=nan_rows(g["features"], 5, value=np.inf)), "first rows: 5"),
-    "lengths": (lambda g: dict(pid=g["pid"][:-1]), "pid has shape .* one value for each image"),
+    "lengths": (lambda g: dict(pid=g["pid"][:-1]), "pid has to be whole numbers, one for each of .* images; found shape"),
     "camera": (lambda g: dict(cam=np.where(np.arange(len(g["cam"])) == 4, 9, g["cam"])), "camera 9 in row 4"),
     "strangers": (lambda g: dict(pid=np.where(np.isin(g["cam"], (3, 6)), g["pid"] + 500, g["pid"])), "no query identity is in the gallery"),
-    "no dimensions": (lambda g: dict(features=g["features"][:, :0]), "have shape .*, 0.*both at least 1"),
-    "no rows": (lambda g: {k: v[:0] for k, v in g.items()}, "both at least 1"),
+    "no dimensions": (lambda g: dict(features=g["features"][:, :0]), "of shape .*, 0.*expected numbers"),
+    "no rows": (lambda g: {k: v[:0] for k, v in g.items()}, "of shape .0, .*expected numbers"),
     "words": (lambda g: dict(features=g["features"].astype(str)), "expected numbers"),
     "a pid in words": (lambda g: dict(pid=g["pid"].astype(str)), "pid has to be whole numbers"),
     "half a cam": (lambda g: dict(cam=g["cam"] + .5), "cam has to be whole numbers"),
     "half a pid": (lambda g: dict(pid=g["pid"] + .5), "pid has to be whole numbers"),
-    "zeros, cosine": (lambda g: dict(features=g["features"] * 0, metric="cosine"), "all zeros and has no direction"),
+    "zeros, cosine": (lambda g: dict(features=g["features"] * 0, metric="cosine"), "all zeros, which have no direction"),
     "no frame": (lambda g: dict(drop=("frame",)), "come without frame"),
     "no cam": (lambda g: dict(drop=("cam",)), "holds .* but no cam"),
     "metric": (lambda g: dict(metric="manhattan"), "metric = 'manhattan'"),
@@ -548,8 +552,8 @@ def test_other_bad_calls(table, tmp_path):
                              (dict(features=table(), gallery=table("short.npz", features=table.good["features"][:, :3])), "from one network"),
                              (dict(features=table(), gallery=table("g.npz"), skip="market"), "skip = 'market'")):
         with pytest.raises(UserError, match=message): score(**options)
-    with pytest.raises(UserError, match="there must be one for each"): ev.evaluate_protocol(np.ones((3, 2)), tmp_table(4), SimpleNamespace(query=[0], galleries=[[1]], skip=None, about={}))
-    with pytest.raises(UserError, match="overflow"): ev.distances(np.ones((1, 2)) * 1e200, np.ones((1, 2)))
+    with pytest.raises(UserError, match="3 rows of features for 4 records"): ev.evaluate_protocol(np.ones((3, 2)), tmp_table(4), SimpleNamespace(query=[0], galleries=[[1]], skip=None, about={}))
+    with pytest.raises(UserError, match="above 1e100"): ev.distances(np.ones((1, 2)) * 1e200, np.ones((1, 2)))
 
 
 def tmp_table(n):
@@ -595,13 +599,14 @@ def test_held_out_results_say_so_and_a_trial_counts_once(run, tmp_path):
     whole = pa._search_tables(str(run), None, None, "infrared", "visible", None, 4)[2]
     assert not set(tables[1].pid) & set(whole[1].pid)
     twice = ev.evaluate_protocol(np.eye(4), tmp_table(4).assign(pid=[1, 2, 1, 2], cam=[1, 1, 3, 3]), Protocol(np.arange(2, 4), [np.arange(2)], None, dict(dataset="regdb")), trial=1)
-    with pytest.raises(UserError, match="trial 1 is there twice"): ev.pool_trials([twice, twice])
+    with pytest.raises(UserError, match="trial 1 is there twice"): ff.pool_trials([twice, twice])
 
 
 def test_features_beyond_float32_are_searched_by_exact_distance():
     q, g = np.full((2, 3), 1e30), np.random.default_rng(0).normal(size=(50, 3)) * 1e30
     found, true = se.search(q, g, 2), by_sorting(q, g, 2)
-    assert np.array_equal(found[1], true[1]) and np.array_equal(found[0], true[0])
+    assert np.array_equal(found[1], true[1])
+    np.testing.assert_allclose(found[0], true[0], rtol=1e-9, atol=1e-7)
 
 
 # ---------------------------------------------------------------- runs, the commands, the page
@@ -624,7 +629,7 @@ def test_run_and_features_agree(run, tiny, table, capsys, tmp_path):
     data = tiny[0]
     from di2l.runs.folder import load_network
     images = cache_images(data, (96, 48))
-    found = ev.extract_features(load_network(run)[0], images, data.records, data.test.index.to_numpy(), "cpu")
+    found = fe.extract_features(load_network(run)[0], images, data.records, data.test.index.to_numpy(), "cpu")
     score(features=table(features=found), mode="indoor", shots=10, json=str(tmp_path / "a.json"))
     direct = ev.evaluate_run(run, mode="indoor", shots=10, device="cpu")[0]
     assert json.loads((tmp_path / "a.json").read_text())["trials"] == direct.to_dict()["trials"]
@@ -636,9 +641,9 @@ def test_runs_of_several_splits_are_averaged(tiny):
     for trial in (1, 2, 3):
         p = regdb_protocol(data.records, direction="visible→infrared")
         results.append(ev.evaluate_protocol(features + trial * np.random.default_rng(trial).normal(size=features.shape), data.records, p, trial=trial))
-    one, = ev.pool_trials(results)
+    one, = ff.pool_trials(results)
     assert len(one.trials) == 3 and one.about["trial"] == "1, 2, 3" and one.metrics.mAP == np.mean([r.metrics.mAP for r in results])
-    assert len(ev.pool_trials([results[0], ev.evaluate_protocol(features, data.records, regdb_protocol(data.records, direction="infrared→visible"), trial=1)])) == 2
+    assert len(ff.pool_trials([results[0], ev.evaluate_protocol(features, data.records, regdb_protocol(data.records, direction="infrared→visible"), trial=1)])) == 2
 
 
 def test_bfloat16_and_missing_cameras():
@@ -657,7 +662,7 @@ def test_checkpoint_of_another_architecture(run, tmp_path):
     (other / "config.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match="another architecture"): score(run=str(other))
     with pytest.raises(UserError, match="not a finished run"): score(run=str(tmp_path))
-    with pytest.raises(UserError, match="no protocol with mode outdoor"): score(run=str(run), mode="outdoor")
+    with pytest.raises(UserError, match="no protocol with .*outdoor"): score(run=str(run), mode="outdoor")
 
 
 @pytest.fixture(scope="module")

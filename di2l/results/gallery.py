@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ..console import UserError
-from ..eval import distances, evaluate_protocol, llcm_protocol, regdb_protocol, skip_rule, sysu_protocol
+from ..eval import evaluate_protocol, llcm_protocol, regdb_protocol, skip_rule, sysu_protocol
 from ..files import read_json, write_whole
 from .record import part_attention, record_path, tidy
+from ..retrieval.features import distances
 from ..retrieval.looking import attention_maps
 
 # %% ../../nbs/70_gallery.ipynb #be0ad2b3

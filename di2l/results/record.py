@@ -14,9 +14,10 @@ import torch
 
 from ..data.cache import cache_images
 from ..data.records import class_labels, hold_out, read_dataset
-from ..eval import torch_device, distances, evaluate, evaluate_protocol, extract_features, protocols
+from ..eval import evaluate, evaluate_protocol, protocols
 from ..files import read_json, versions
 from ..rca import normalise
+from ..retrieval.features import distances, extract_features, torch_device
 from ..retrieval.looking import attention_maps
 from ..runs.folder import load_network
 

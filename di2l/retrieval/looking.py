@@ -6,12 +6,13 @@
 __all__ = ['attention_maps', 'draw_attention', 'pair_distances', 'draw_distances', 'principal_axes', 'draw_projection',
            'hardest_queries']
 
-# %% ../../nbs/66_looking.ipynb #636e0aa8
+# %% ../../nbs/66_looking.ipynb #7ccb32d4
 import numpy as np
 import torch
 
 from ..console import UserError
-from ..eval import batch_features, distances, evaluate, skip_rule
+from ..eval import evaluate, skip_rule
+from .features import batch_features, distances
 
 # %% ../../nbs/66_looking.ipynb #d4ca370d
 @torch.inference_mode()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pictures', 'retrieve', 'search_run', 'retrieval_page']
 
-# %% ../../nbs/65_retrieval_page.ipynb #fbf25887
+# %% ../../nbs/65_retrieval_page.ipynb #18f93f9a
 import json
 from pathlib import Path
 
@@ -15,8 +15,9 @@ import torch
 from ..console import UserError, one_of, whole
 from ..data.cache import read_image
 from ..data.files import is_image
-from ..eval import distances, extract_features, run_dataset, skip_rule
+from ..eval import skip_rule
 from ..files import write_whole
+from .features import distances, extract_features, run_dataset
 from .search import search
 
 # %% ../../nbs/65_retrieval_page.ipynb #3e9f96e7

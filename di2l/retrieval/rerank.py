@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['expand_queries', 'k_reciprocal', 'after_steps']
 
-# %% ../../nbs/64_rerank.ipynb #715bf51c
+# %% ../../nbs/64_rerank.ipynb #367c581d
 import warnings
 
 import numpy as np
 
 from ..console import UserError, whole
-from ..eval import distances
+from .features import distances
 from .checks import as_array
 
 # %% ../../nbs/64_rerank.ipynb #c88f8ebb

@@ -5,21 +5,30 @@
 # %% auto #0
 __all__ = ['search', 'faiss_index', 'recall']
 
-# %% ../../nbs/63_search.ipynb #dd37479f
+# %% ../../nbs/63_search.ipynb #2f1c5969
 import numpy as np
 import torch
 
 from ..console import UserError, progress, whole
-from ..eval import between, torch_device, vectors
-from .checks import as_array, check_features, check_metric
+from .checks import as_array, check_both, check_features
+from .features import torch_device, vectors
 
-# %% ../../nbs/63_search.ipynb #e98625d6
+# %% ../../nbs/63_search.ipynb #8444ec59
+def _tensor(features, metric):
+    "`vectors` as a tensor."
+    return torch.from_numpy(vectors(features, metric))
+
+def _exact(query, gallery, metric):
+    "The distance of every pair by itself, so that copies tie whatever stands around them."
+    d = torch.cdist(query, gallery, compute_mode="donot_use_mm_for_euclid_dist")
+    return d if metric == "euclidean" else d.square() / 2
+
 def _tiles(gallery, metric, block):
     "First row and checked `vectors` of each tile of the gallery."
     for start in progress(range(0, len(gallery), block), "search", unit="tile"):
         part = gallery[start:start + block]
         rows = range(start, start + len(part))
-        yield start, vectors(check_features(part, "gallery features", metric, rows), metric)
+        yield start, _tensor(check_features(part, "gallery features", metric, rows), metric)
 
 def _candidates(q, gallery, shift, metric, device, count, block):
     "The largest float32 scores `(Q,count)`, their gallery rows, the longest gallery vector shifted and not."
@@ -37,7 +46,7 @@ def _candidates(q, gallery, shift, metric, device, count, block):
     score, row = (torch.cat(parts).cpu() for parts in zip(*found))
     return score.double(), row, longest, size
 
-# %% ../../nbs/63_search.ipynb #1c88703d
+# %% ../../nbs/63_search.ipynb #e4321f76
 def _nearest(d, row, k):
     "The `k` nearest of each query; equal ones stand in the order of their columns."
     d, at = d.sort(dim=1, stable=True)
@@ -48,8 +57,8 @@ def _settle(q, gallery, row, k, metric):
     near = []
     for i in range(0, len(q), 16):
         rows = row[i:i + 16].sort(dim=1).values                                # (B,C)
-        g = vectors(as_array(gallery[rows.ravel().numpy()]), metric).view(*rows.shape, -1)
-        near.append(_nearest(between(q[i:i + 16, None], g, metric)[:, 0], rows, k))
+        g = _tensor(as_array(gallery[rows.ravel().numpy()]), metric).view(*rows.shape, -1)
+        near.append(_nearest(_exact(q[i:i + 16, None], g, metric)[:, 0], rows, k))
     return tuple(map(torch.cat, zip(*near)))
 
 def _by_distance(q, gallery, k, metric, block):
@@ -57,10 +66,10 @@ def _by_distance(q, gallery, k, metric, block):
     d, row = torch.empty(len(q), 0, dtype=torch.float64), torch.empty(len(q), 0, dtype=torch.int64)
     for start, g in _tiles(gallery, metric, block):
         new = torch.arange(start, start + len(g)).expand(len(q), -1)
-        d, row = _nearest(torch.cat([d, between(q, g, metric)], 1), torch.cat([row, new], 1), k)
+        d, row = _nearest(torch.cat([d, _exact(q, g, metric)], 1), torch.cat([row, new], 1), k)
     return d, row
 
-# %% ../../nbs/63_search.ipynb #b5b052c2
+# %% ../../nbs/63_search.ipynb #7c0a04a9
 def search(
     query,               # features `(Q,D)`
     gallery,             # features `(G,D)`, an array or a memory map
@@ -71,12 +80,11 @@ def search(
 ):                       # distances float64 and gallery rows `(Q,k)`, nearest first, ties by row
     "Exact k nearest neighbours, a tile at a time; fewer than k where the gallery is smaller."
     whole(1, k=k)
-    query, gallery = check_features(query, "query features", metric), as_array(gallery)
+    gallery = as_array(gallery)
     device = torch_device(device)
-    head = check_features(gallery[:4096], "gallery features", metric)
-    check_metric(metric, query, head)
-    q, k, D = vectors(query, metric), min(k, len(gallery)), query.shape[1]
-    shift, block = vectors(head, metric).mean(0), block or max(1024, 2**22 // D)
+    query, head = check_both(query, gallery[:4096], metric)
+    q, k, D = _tensor(query, metric), min(k, len(gallery)), query.shape[1]
+    shift, block = _tensor(head, metric).mean(0), block or max(1024, 2**22 // D)
     length, left = (q - shift).norm(dim=1), torch.arange(len(q))
     dist, rows = torch.empty(len(q), k, dtype=torch.float64), torch.empty(len(q), k, dtype=torch.int64)
     before = torch.get_float32_matmul_precision()
@@ -96,7 +104,7 @@ def search(
     if len(left): dist[left], rows[left] = _by_distance(q[left], gallery, k, metric, block)
     return dist.numpy(), rows.numpy()
 
-# %% ../../nbs/63_search.ipynb #541bf39a
+# %% ../../nbs/63_search.ipynb #729cf222
 def faiss_index(
     features,             # `(N,D)`
     kind="IVF64,PQ16x4",  # FAISS's factory string: cells, numbers an image x bits a number; "Flat" is exact
@@ -109,7 +117,7 @@ def faiss_index(
     except ImportError:
         raise UserError("approximate search needs FAISS, which is not installed; pip install 'di2l[search]', "
                         "or use the exact search()") from None
-    x = vectors(check_features(features, metric=metric), metric).float().numpy()
+    x = vectors(check_features(features, metric=metric), metric).astype(np.float32)
     index = faiss.index_factory(x.shape[1], kind)
     if hasattr(index, "nprobe"):
         index.nprobe, index.cp.seed = probe, seed
