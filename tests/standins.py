@@ -59,7 +59,7 @@ def counts_by_totals():
 def sysu_counts(permutations=None):
     """How many images of whom SYSU-MM01 has: {(camera, identity): images}, {split: identities}.
 
-    `permutations`: official `rand_perm_cam.mat`, `test_id.mat` and `train_id.mat` beside it; None: even counts."""
+    `permutations`: official `rand_perm_cam.mat`, beside it `test_id.mat`, `train_id.mat`; None: even."""
     if permutations is None: return counts_by_totals()
     from scipy.io import loadmat
     table, beside = loadmat(permutations)["rand_perm_cam"], Path(permutations).parent
