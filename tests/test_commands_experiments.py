@@ -43,4 +43,4 @@ def test_commands(tmp_path):
     status = {r["experiment"]: r["recorded"] for r in json.loads((tmp_path / "status.json").read_text())}
     assert status["tiny"] == 1
     bad = di2l("mkae")
-    assert bad.returncode == 1 and "make, status or readme" in bad.stderr and "Traceback" not in bad.stderr
+    assert bad.returncode == 1 and "did you mean 'make'" in bad.stderr and "Traceback" not in bad.stderr
