@@ -294,12 +294,13 @@ def _write_results(run, about):
     write_whole(run.out / "model.safetensors", weights)
     write_whole(run.out / "summary.json", json.dumps(found, indent=1))
 
-# %% ../nbs/08_train.ipynb #cb319e77
+# %% ../nbs/08_train.ipynb #46105124
 def _train(run, resume, say):
     "Go to the first step that is left, say what is going to happen, and train to the end."
     kept, about = run.load() if resume else None, _describe(run)
     say(f"{show_config(run.c)}\n{about['device']} · {run.precision} · "
-        f"{run.world} process{'es' * (run.world > 1)} · {about['num_ids']} identities · {run.total} steps in epochs of {run.per_epoch}"
+        f"{run.world} process{'es' * (run.world > 1)} · {about['num_ids']} identities · "
+        f"{run.total} steps in epochs of {run.per_epoch}"
         + f" · resumed after step {run.step}" * (kept is not None))
     if run.rank == 0:
         run.log = Log(run.out, kept or 0)

@@ -32,7 +32,7 @@ def whole_numbers(
     raise UserError(f"{what} has to be whole numbers, one for each of {n} images; found shape {x.shape}, "
                     f"type {x.dtype}: {x.ravel()[:3]} …")
 
-# %% ../../nbs/75_checks.ipynb #d362a19c
+# %% ../../nbs/75_checks.ipynb #ae295bde
 def check_features(
     features,         # `(N,D)`, array or tensor
     what="features",  # how messages call them
@@ -55,6 +55,7 @@ def check_features(
                             f"{', '.join(map(str, first))}); leave them out, or make them again")
     return x
 
+# %% ../../nbs/75_checks.ipynb #61da3c0c
 def check_distances(
     dist,  # array or tensor
 ):         # float32 or float64 `(Q,G)`
