@@ -274,7 +274,7 @@ def evaluate_protocol(
         for first, d in distance_rows(q, g, metric, block):
             for c, _, rank, parts in trials: parts += rank(d[:, c], first)
     steps = {"metric": metric, "expansion": None, "re-ranking": None}
-    if compare: steps |= getattr(compare, "about", {"after-step": compare.__name__})
+    steps |= getattr(compare, "about", {"after-step": getattr(compare, "__name__", "")} if compare else {})
     return Result([_summarise(parts) for *_, parts in trials], protocol.about | steps | about)
 
 # %% ../nbs/09_eval.ipynb #cbe9c652

@@ -660,7 +660,7 @@ def test_checkpoint_of_another_architecture(run, tmp_path):
     info = json.loads((other / "config.json").read_text())
     info["method"]["dpa"] = False
     (other / "config.json").write_text(json.dumps(info))
-    with pytest.raises(UserError, match="another architecture"): score(run=str(other))
+    with pytest.raises(UserError, match="another network"): score(run=str(other))
     with pytest.raises(UserError, match="not a finished run"): score(run=str(tmp_path))
     with pytest.raises(UserError, match="no protocol with .*outdoor"): score(run=str(run), mode="outdoor")
 

@@ -17,7 +17,7 @@ RIGHT, WRONG = "#009E73", "#D55E00"
 def style():  # matplotlib's `pyplot`
     "One look for all figures: small, printable, safe for colour-blind readers."
     import matplotlib.pyplot as plt, seaborn as sns
-    rc = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 90,
+    rc = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 66,
           "font.size": 9, "axes.titlesize": 9, "savefig.bbox": "tight"}
     sns.set_theme(context="paper", style="ticks", palette=list(COLOURS), rc=rc)
     return plt
@@ -28,7 +28,7 @@ def save_figure(
     name,              # file name without ending
     table=None,        # the table behind it, a DataFrame
     folder="figures",  # where figures go
-    dpi=160,           # dots an inch
+    dpi=120,           # dots an inch
 ):
     "Write a figure as PNG and the table behind it as CSV."
     Path(folder).mkdir(parents=True, exist_ok=True)
