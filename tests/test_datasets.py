@@ -757,6 +757,7 @@ def notebook_pictures(folder, monkeypatch):
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     monkeypatch.setenv("DI2L_DATA", str(folder))
     names = dict(vars(records))
+    plt.close("all")                                   # what other tests left open is none of these cells
     with plt.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for mark in "import matplotlib", "\nkinds = {", "counts = data", "per = counts", "def skipped":
