@@ -30,7 +30,7 @@ def channel_augment(
 IMAGENET_MEAN = (0.485, 0.456, 0.406)   # torchvision's, for images in [0,1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# %% ../nbs/02_rca.ipynb #ba3a82a8
+# %% ../nbs/02_rca.ipynb #ec47ba30
 def _coins(B, p, generator):
     "`B` coins that show heads with probability `p`."
     return torch.rand(B, generator=generator) < p
@@ -49,6 +49,13 @@ def _boxes(B, H, W, p, generator, area=(0.02, 0.4), aspect=(0.3, 3.3)):
     top, left = (draw[2] * (H - h + 1)).floor(), (draw[3] * (W - w + 1)).floor()
     return torch.stack([top, left, top + h * heads, left + w], 1).long()
 
+def _plan(B, H, W, flip, crop, erase, pad, generators):
+    "All of these; with several generators, each for an equal share of the images."
+    n = B // len(generators)
+    plans = [(_coins(n, flip, g), _shifts(n, pad, crop, g), _boxes(n, H, W, erase, g)) for g in generators]
+    mirrored, shifts, boxes = zip(*plans)
+    return torch.cat(mirrored).tolist(), torch.cat(shifts, 1).tolist(), torch.cat(boxes).tolist()
+
 # %% ../nbs/02_rca.ipynb #22a50e57
 def _slices(tensor):
     "What is cheapest to slice: on a processor the NumPy array on the same memory, elsewhere the tensor."
@@ -65,14 +72,14 @@ def _shift_into(out, image, dy, dx):
     if top: out[:top] = out[top]
     if bottom < H: out[bottom:] = out[bottom - 1]
 
-# %% ../nbs/02_rca.ipynb #cfd18546
+# %% ../nbs/02_rca.ipynb #5c9d0e8b
 def _rows(values, images):
     "One number a channel, repeated along a row of pixels `(W·3,)`."
     return torch.tensor(values, device=images.device).repeat(images.shape[3])
 
 def augment(
     images,          # batch `(B,3,H,W)`, uint8
-    generator=None,  # CPU `torch.Generator` for every draw
+    generator=None,  # CPU `torch.Generator` for every draw, or a list: each for an equal share of the images
     flip=0.5,        # probability of a flip
     crop=0.5,        # probability of a shift
     erase=0.5,       # probability of an erased rectangle
@@ -81,8 +88,8 @@ def augment(
 ):                   # float batch `(B,3,H,W)`, normalised; channels last in memory
     "§3.1: random flipping, cropping and erasing, in that order, each image its own draws; then normalising."
     B, C, H, W = images.shape
-    mirrored, shifts = _coins(B, flip, generator).tolist(), _shifts(B, pad, crop, generator).tolist()
-    boxes = _boxes(B, H, W, erase, generator).tolist()
+    generators = generator if isinstance(generator, list) else [generator]
+    mirrored, shifts, boxes = _plan(B, H, W, flip, crop, erase, pad, generators)
     mean, std = _rows(IMAGENET_MEAN, images), _rows(IMAGENET_STD, images)
     scale, offset = 1 / (255 * std), -mean / std
     if out is None or out.shape != images.shape:
