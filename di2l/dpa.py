@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['READINGS', 'stripe_pool', 'PartAttention', 'DPA']
 
-# %% ../nbs/04_dpa.ipynb #025844f8
+# %% ../nbs/04_dpa.ipynb #6bd82cb2
 import torch
 from torch import nn
 
 from .console import UserError, one_of
+from .non_local import Attention, attention_gauges
 
 # %% ../nbs/04_dpa.ipynb #3550d967
 def stripe_pool(
@@ -28,28 +29,27 @@ def stripe_pool(
     x = x.clamp(min=1e-6).pow(q)                                            # 1e-6³ is still a float32
     return x.unflatten(2, (parts, -1)).mean((3, 4)).pow(1 / q)              # (B,C,P,H/P,W) → (B,C,P)
 
-# %% ../nbs/04_dpa.ipynb #0cd55652
-class PartAttention(nn.Module):
+# %% ../nbs/04_dpa.ipynb #174a0892
+class PartAttention(Attention):
     "Eq. 4: which stripe attends to which."
     def __init__(self,
-        channels,    # C of the stage-4 map
-        inner=None,  # width of u and v; C // 4 unless told
+        channels,        # C of the stage-4 map
+        inner=None,      # width of u and v; C // 4 unless told
+        form="printed",  # of the exponents, see `03_non_local`
     ):
-        super().__init__()
-        inner = inner or max(channels // 4, 1)
-        self.u, self.v = (nn.Conv1d(channels, inner, 1, bias=False) for _ in range(2))
+        super().__init__(channels, inner or max(channels // 4, 1), form, nn.Conv1d, nn.BatchNorm1d)
         self.z = nn.Conv1d(channels, channels, 1, bias=False)
-        self.keep_attention, self.attention = False, None
 
     def attend(self,
         x,  # parts `(B,C,P)`, float32
-    ):      # α `(B,P,P)` and z(x) `(B,C,P)`
+    ):      # α `(B,P,P)`, z(x) `(B,C,P)`, and the u and v of `matched`
         "Eq. 4, softmax over j."
-        alpha = (self.u(x).mT @ self.v(x)).softmax(-1)
+        u, v = self.matched(x)
+        alpha = (u @ v.mT).softmax(-1)
         if self.keep_attention: self.attention = alpha.detach()
-        return alpha, self.z(x)
+        return alpha, self.z(x), u, v
 
-# %% ../nbs/04_dpa.ipynb #71962a09
+# %% ../nbs/04_dpa.ipynb #232bda90
 READINGS = ("diagonal", "weighted-sum", "part-residual", "pooled-residual")   # of Eq. 4, see the table
 
 class DPA(PartAttention):
@@ -60,8 +60,9 @@ class DPA(PartAttention):
         reading="pooled-residual",  # how α meets z(x) and the feature, one of `READINGS`
         inner=None,                 # width of u and v; C // 4 unless told
         q=3.0,                      # exponent of the region pooling, the same as the global pooling's
+        form="printed",             # of the exponents, see `03_non_local`
     ):
-        super().__init__(channels, inner)
+        super().__init__(channels, inner, form)
         one_of(READINGS, reading=reading)
         self.parts, self.reading, self.q = parts, reading, q
         if reading.endswith("residual"):
@@ -74,9 +75,12 @@ class DPA(PartAttention):
         "The final feature of §3.2."
         with torch.autocast(x.device.type, enabled=False):
             parts = stripe_pool(x, self.parts, self.q)                            # (B,C,P)
-            alpha, z = self.attend(parts)
-            if self.reading == "diagonal": return (alpha.diagonal(dim1=1, dim2=2)[:, None] * z).mean(2)
+            alpha, z, u, v = self.attend(parts)
             mixed = z @ alpha.mT                                                  # (B,C,P): Σ_j α_ij z(x_j)
-            if self.reading == "weighted-sum": return mixed.mean(2)
-            if self.reading == "part-residual": return (parts + self.bn(mixed)).mean(2)
-            return stripe_pool(x, 1, self.q)[..., 0] + self.bn(mixed.mean(2))
+            if self.reading == "diagonal": mixed = alpha.diagonal(dim1=1, dim2=2)[:, None] * z
+            added, base = mixed.mean(2), 0
+            if self.reading == "part-residual": added, base = self.bn(mixed).mean(2), parts.mean(2)
+            if self.reading == "pooled-residual":
+                added, base = self.bn(added), stripe_pool(x, 1, self.q)[..., 0]
+            if self.watch: self.gauges = attention_gauges(u, v, mixed, added)
+            return base + added

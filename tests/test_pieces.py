@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from di2l.console import UserError
 from di2l.dpa import DPA, READINGS, stripe_pool
 from di2l.focal import FocalLoss
+from di2l.methods.method import Batch
 from di2l.model import DI2L, METHODS, AGWMethod, CAJMethod, DI2LMethod
-from di2l.non_local import NonLocal
+from di2l.non_local import GAUGES, NonLocal, attention_gauges
 from di2l.rca import IMAGENET_MEAN, IMAGENET_STD, augment, channel_augment, normalise
+from di2l.runs.draws import named_draws
+from di2l.runs.log import DEAD, dead_attention
 from di2l.trunk import build_trunk
 from di2l.wrt import WRTLoss
 
@@ -305,27 +308,29 @@ def test_no_parameter_is_idle(name):
     net, pids = method.network(4), torch.arange(4).repeat_interleave(2)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.01)
     for step in range(2):
-        features, logits = net(**method.augment(pixels(8, 96, 48, step), pixels(8, 96, 48, step + 9), generator(step)))
-        assert len(features) == 8 * method.visible_views + 8
+        rows = net(**method.augment(pixels(8, 96, 48, step), pixels(8, 96, 48, step + 9), named_draws(step)))
+        views = sum(times for _, times in method.groups.values())
+        assert len(rows["features"]) == 8 * views
         optimiser.zero_grad()
-        sum(method.losses(features, logits, torch.cat([pids] * method.visible_views + [pids])).values()).backward()
+        sum(method.losses(rows, Batch(pids.repeat(views))).values()).backward()
         optimiser.step()
     assert [n for n, p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
 
 
 def test_baselines_are_di2l_with_switches_thrown():
     assert CAJMethod() == CAJMethod(dpa=False, gamma=0.0) and not CAJMethod().dpa
-    assert (AGWMethod().rca, AGWMethod().squared, AGWMethod().visible_views) == (False, False, 1)
-    assert (DI2LMethod().visible_views, DI2LMethod().gamma, DI2LMethod().squared) == (2, 2.0, True)
+    assert (AGWMethod().rca, AGWMethod().squared, AGWMethod().groups["visible"]) == (False, False, ("visible", 1))
+    assert (DI2LMethod().groups["visible"], DI2LMethod().gamma, DI2LMethod().squared) == (("visible", 2), 2.0, True)
 
 
 def test_losses_are_those_of_the_pieces():
     torch.manual_seed(0)
     features, logits, pids = torch.randn(6, 4), torch.randn(6, 3), torch.tensor([0, 0, 1, 1, 2, 2])
-    terms = DI2LMethod(wrt_scale=4.0).losses(features, logits, pids)
+    rows, batch = dict(features=features, logits=logits), Batch(pids)
+    terms = DI2LMethod(wrt_scale=4.0).losses(rows, batch)
     assert terms["focal"] == FocalLoss(2.0)(logits, pids)
     assert terms["wrt"] == WRTLoss()(4 * F.normalize(features), pids)
-    assert DI2LMethod().losses(features, logits, pids)["wrt"] == WRTLoss()(features, pids)
+    assert DI2LMethod().losses(rows, batch)["wrt"] == WRTLoss()(features, pids)
 
 
 def test_pretrained_weights_that_cannot_be_had(monkeypatch):
@@ -353,3 +358,85 @@ def test_names_that_do_not_exist():
         DI2L(5, backbone="vgg")
     with pytest.raises(UserError, match="did you mean 'diagonal'"):
         DPA(8, reading="diagonale")
+
+
+# --- attention that lives, and attention that does not
+
+def trained_attention(target, form="printed", steps=300):
+    "Gauges of a block trained to bring every position what the first one holds, or the mean of all."
+    torch.manual_seed(0)
+    block = NonLocal(12, form=form)
+    optimiser = torch.optim.Adam(block.parameters(), lr=0.03)
+    for step in range(steps):
+        content, where = torch.randn(16, 6, 6, 1), torch.eye(6)[None, :, :, None].expand(16, -1, -1, -1)
+        x = torch.cat([content, where], 1)                                                # position j knows that it is j
+        block.watch = step == steps - 1
+        wanted = content[:, :, :1] if target == "first" else content.mean(2, keepdim=True)
+        added = (block(x) - x)[:, :6]
+        optimiser.zero_grad()
+        (added - wanted.expand_as(added)).square().mean().backward()
+        optimiser.step()
+    return {name: value.item() for name, value in block.gauges.items()}
+
+
+@pytest.mark.parametrize("form", ["printed", "norm", "unit"])
+def test_gauges_tell_an_attention_that_must_saturate_from_one_that_must_not(form):
+    dead, even = trained_attention("first", form), trained_attention("mean", form)
+    assert dead["perplexity"] < DEAD < 5.9 < even["perplexity"] and dead["spread"] > 10 * even["spread"]
+    assert dead_attention([{"step": 3, "a.perplexity": dead["perplexity"], "b.perplexity": even["perplexity"]}]) == {"a": 3}
+
+
+def naive_gauges(u, v, mixed, added):
+    "The four gauges by loops, float64."
+    entropies, spreads = [], []
+    for b in range(len(u)):
+        for i in range(u.shape[1]):
+            e = [float(u[b, i] @ v[b, j]) for j in range(v.shape[1])]
+            z = sum(math.exp(x) for x in e)
+            entropies.append(math.exp(-sum(math.exp(x) / z * math.log(math.exp(x) / z) for x in e)))
+            spreads.append(np.var(e, ddof=1))
+    energy = lambda x: float((x ** 2).sum())
+    return (np.mean(entropies), math.sqrt(np.mean(spreads)),
+            sum(energy(mixed[b].mean(1)) * mixed.shape[2] for b in range(len(mixed))) / energy(mixed),
+            energy(added.mean(0)) * len(added) / energy(added))
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 999), B=st.integers(2, 4), N=st.integers(2, 5))
+def test_gauges_are_what_loops_find(seed, B, N):
+    u, v, mixed, added = (torch.randn(*shape, generator=generator(seed + k), dtype=torch.float64)
+                          for k, shape in enumerate([(B, N, 3), (B, N, 3), (B, 4, N), (B, 4)]))
+    found = attention_gauges(u, v, mixed, added)
+    assert [*found] == list(GAUGES) and [x.item() for x in found.values()] == pytest.approx(naive_gauges(u, v, mixed, added), rel=1e-9)
+
+
+@pytest.mark.parametrize("form", ["norm", "unit", "learned", "centred", "unit+norm", "centred+unit"])
+def test_forms_of_attention(form):
+    "Each is the identity at first, learns in every parameter, and does what its table says to the exponents."
+    torch.manual_seed(1)
+    for block, x in ((NonLocal(8, form=form), torch.rand(5, 8, 4, 3)), (DPA(8, form=form), torch.rand(5, 8, 6, 3))):
+        u, v = block.matched(x if isinstance(block, NonLocal) else stripe_pool(x, 3))
+        exponents = u @ v.mT
+        if "unit" in form or "learned" in form: assert exponents.abs().max() <= 8 + 1e-5 and torch.allclose(u.norm(dim=-1), torch.tensor(8.0))
+        if "centred" in form and isinstance(block, NonLocal):
+            moved, _ = block.matched(x * torch.rand(8, 1, 1) + 7)                          # a shift and a scale of a channel: gone
+            assert torch.allclose(moved, u, atol=1e-2)
+        base = x if isinstance(block, NonLocal) else stripe_pool(x, 1)[..., 0]
+        assert torch.allclose(block(x), base, atol=1e-6)
+        optimiser = torch.optim.SGD(block.parameters(), lr=0.1)
+        for _ in range(3):
+            optimiser.zero_grad()
+            (block(torch.rand_like(x)) * torch.randn(base.shape)).sum().backward()
+            optimiser.step()
+        assert [n for n, p in block.named_parameters() if p.grad is None or not p.grad.any()] == []
+    with pytest.raises(UserError, match="did you mean 'unit'"): NonLocal(8, form="norm+units")
+
+
+def test_attention_learns_at_a_tenth_of_the_rate():
+    from di2l.runs.config import config
+    from di2l.train import make_optimiser
+    method = DI2LMethod(backbone="resnet10", weights=None, attention_lr=0.1)
+    net = method.network(4)
+    rates = {id(p): g["rate"] for g in make_optimiser(config("quick", lr=1e-2), method, net).param_groups for p in g["params"]}
+    for name, p in net.named_parameters():
+        if p.requires_grad: assert rates[id(p)] == pytest.approx(1e-3 if name.startswith(("non_local", "dpa.")) else 1e-2), name
