@@ -10,7 +10,7 @@ from torch import nn
 
 from di2l import files as F, model, train as T
 from di2l.console import UserError
-from di2l.runs import folder as R, process as P
+from di2l.runs import batches as B, folder as R, process as P
 from di2l.runs.config import Config, config, show_config
 from di2l.runs.log import read_log
 from di2l.synthetic.benchmark import write_benchmark
@@ -250,7 +250,7 @@ def test_checkpoints_hold_no_code_and_two_are_kept(small, tmp_path):
     out = T.train(small(steps=7), tmp_path / "run", quiet=True)
     assert [p.name for p in R.checkpoints(out / "checkpoints")] == ["step-00000006", "step-00000007"]
     state = torch.load(out / "checkpoints/step-00000007/state.pt", weights_only=True)
-    assert {"step", "optimiser", "random", "scaler", "fixed", "surroundings"} <= set(state)
+    assert {"step", "optimisers", "random", "scaler", "fixed", "surroundings"} <= set(state)
 
 
 # --- a folder that is not as it was left
@@ -329,11 +329,12 @@ class Sick(model.DI2LMethod):
     "DI2L with a third loss term that turns bad at the third batch."
     how: str = "nan"
 
-    def losses(self, features, logits, pids):
+    def losses(self, rows, batch, net=None, turn="main"):
+        features = rows["features"]
         seen.append(0)
         bad = features.sum() * (torch.nan if self.how == "nan" else torch.inf) if len(seen) == 3 and self.how != "gradient" else features.sum() * 0
         if self.how == "gradient" and len(seen) == 3: bad = (features[0] * 0).square().sum().sqrt()        # 0, with an infinite derivative
-        return dict(super().losses(features, logits, pids), extra=bad)
+        return dict(super().losses(rows, batch), extra=bad)
 
 
 seen = []
@@ -376,7 +377,8 @@ def _one_batch(config, file):
     run = T.Run(config, "unused")
     for m in run.network.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
-    scalars = run.forward_backward(0, 1)
+    scalars, _, _ = run.forward_backward(0, 1)
+    B.add_gradients(run.network, [p for p in run.network.parameters() if p.grad is not None], run.method.joint)
     gradients = {n: p.grad for n, p in run.network.named_parameters() if p.grad is not None}
     if run.rank == 0: torch.save(dict(scalars=scalars, gradients=gradients), file)
 
@@ -422,11 +424,11 @@ def test_shares_are_the_samplers_and_disjoint(small):
     run = T.Run(small(), "unused")
     visible, infrared = (r[0] for r in run.batches.rows(0))
     for world in 2, 4:
-        own, order = T.shares(run.method.visible_views, len(visible), len(infrared), world)
-        for rank, (v, i) in enumerate(own):
+        own, order = B.shares(run.method.groups, dict(visible=len(visible), infrared=len(infrared)), world)
+        for rank, (v, i) in enumerate(zip(own["visible"], own["infrared"])):
             shard = IdentitySampler(run.dataset.train, 4, 2, 2, seed=0, rank=rank, world=world).epoch(0)[0]
             assert visible.repeat(2)[v].tolist() == [*shard[0], *shard[0]] and infrared[i].tolist() == shard[1].tolist()
-        assert sorted(torch.cat([v for v, _ in own]).tolist()) == list(range(2 * len(visible)))
+        assert sorted(own["visible"].flatten().tolist()) == list(range(2 * len(visible)))
     with pytest.raises(UserError, match="ids = 4 cannot be shared by 3"): T.Batches(run.c, run.method, run.dataset, None, run.device, 0, 3)
 
 
@@ -452,7 +454,7 @@ def test_two_trainings_in_one_folder_are_refused(small, tmp_path):
 def test_momentum_is_defined_after_a_first_step_that_fp16_skips(small):
     "A loss scale that overflows skips the step; the next one, with a gradient of zero, must not move anything."
     net = nn.Linear(3, 3)
-    optimiser = T.make_optimiser(small(optimiser="sgd", weight_decay=0), net)
+    optimiser = T.make_optimiser(small(optimiser="sgd", weight_decay=0), model.DI2LMethod(), net)
     before, scaler = [p.clone() for p in net.parameters()], torch.amp.GradScaler("cpu")
     for gradient in (float("inf"), 0.0):
         for p in net.parameters(): p.grad = torch.full_like(p, gradient)
@@ -554,7 +556,7 @@ def test_accumulation_averages_gradients(small):
     for m in norms: m.eval()
     grads = []
     for batch in 0, 1:
-        run.stepper.zero_grad()
+        run.steppers["main"].zero_grad()
         run.forward_backward(0, batch)
         grads.append([p.grad.clone() * 2 for p in run.network.parameters() if p.grad is not None])
     run.one_step()
@@ -612,7 +614,7 @@ def test_baselines_learning_rate_is_the_published_one():
 
 def test_heads_learn_at_their_own_rate(small):
     run = T.Run(small(head_lr=10.0, lr=1e-3), "unused")
-    rates = {id(p): g["rate"] for g in run.optimiser.param_groups for p in g["params"]}
+    rates = {id(p): g["rate"] for g in run.optimisers["main"].param_groups for p in g["params"]}
     for name, p in run.network.named_parameters():
         if p.requires_grad: assert rates[id(p)] == pytest.approx(1e-2 if name.startswith(("bn_neck.", "classifier.")) else 1e-3)
     assert len(rates) == sum(p.requires_grad for p in run.network.parameters())
@@ -651,7 +653,7 @@ def test_fp16_needs_a_gpu(small):
 def test_a_gpu_sees_the_same_batches_and_learns(small, tmp_path):
     gpu, cpu = (T.Run(small(device=d, precision="fp32"), "unused") for d in ("cuda", "cpu"))
     for a, b in zip(gpu.batches(0, 1)[0].values(), cpu.batches(0, 1)[0].values()): torch.testing.assert_close(a.cpu(), b)
-    for a, b in zip(gpu.forward_backward(0, 1).values(), cpu.forward_backward(0, 1).values()): torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
+    for a, b in zip(gpu.forward_backward(0, 1)[0].values(), cpu.forward_backward(0, 1)[0].values()): torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3)
     out = T.train(small(device="cuda", steps=45, save_every=20), tmp_path / "run", quiet=True)
     log = read_log(out)
     assert len(log) == 45 and log.loss.tail(5).mean() < log.loss.head(5).mean()

@@ -13,7 +13,7 @@ from os.path import expanduser
 from ..console import UserError, field_types, one_of, read_value, suggest
 from ..model import METHODS
 
-# %% ../../nbs/56_config.ipynb #33985122
+# %% ../../nbs/56_config.ipynb #4e2f0f95
 @dataclass(frozen=True)
 class Config:
     "Everything that decides what a run computes."
@@ -38,6 +38,7 @@ class Config:
     warmup: float = 10.0             # epochs in which the rate rises to `lr`
     clip: float = 0.0                # largest norm of the gradient; 0: not clipped
     seed: int = 0                    # of initial weights, batches and augmentation
+    draws: str = "named"             # random draws: named, or in-order as in the older records
     precision: str = "auto"          # fp32, bf16, fp16, or auto: bf16 where the processor has it
     accumulate: int = 1              # batches in one step of the optimiser, their gradients averaged
     compile: bool = False            # torch.compile the network
@@ -62,9 +63,9 @@ PRESETS = {
     ),
 }
 
-# %% ../../nbs/56_config.ipynb #7fede208
+# %% ../../nbs/56_config.ipynb #1debdb4b
 _CHOICES = dict(dataset="sysu regdb llcm", optimiser="sgd adamw", schedule="steps cosine",
-                device="auto cpu cuda", precision="auto fp32 bf16 fp16")
+                device="auto cpu cuda", precision="auto fp32 bf16 fp16", draws="named in-order")
 _COUNTS = "steps warmup clip save_every seed momentum weight_decay"
 
 def _need(c, names, ok, what):
@@ -85,9 +86,10 @@ def check_config(c):
     _need(c, "size", lambda v: len(v) == 2 and min(v) >= 16, "expected height and width, 16 pixels or more")
     return c
 
-# %% ../../nbs/56_config.ipynb #d3d1e94f
+# %% ../../nbs/56_config.ipynb #04725a8e
 # option: (another, the value of it that makes the option do nothing)
 _IDLE = dict(momentum=("optimiser", "adamw"), milestones=("schedule", "cosine"),
+             pixel_form=("non_local", False), part_form=("dpa", False),
              parts=("dpa", False), reading=("dpa", False), pad=("crop", 0))
 
 def _flat(values):
@@ -134,8 +136,8 @@ def show_config(c):
     third = math.ceil(len(cells) / 3)
     return "\n".join("  ".join(cells[i::third]).rstrip() for i in range(third))
 
-# %% ../../nbs/56_config.ipynb #ecd4a4ef
-MAY_DIFFER = ("root", "log", "save_every", "device")
+# %% ../../nbs/56_config.ipynb #af82ec66
+MAY_DIFFER = ("root", "save_every", "device")
 
 def config_changes(before, now):
     "Fields in which two configurations, dicts, differ, and how: a list of text."
