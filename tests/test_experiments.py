@@ -17,6 +17,7 @@ from di2l import experiments as X
 from di2l.console import UserError
 from di2l.data.cache import cache_images
 from di2l.data.records import hold_out, read_sysu
+from di2l.results import code as C
 from di2l.results.gallery import read_gallery, write_pixel_attention
 from di2l.results.record import record_path
 from di2l.results.statistics import ALL_SEARCH, interval
@@ -152,6 +153,35 @@ def test_generator_version_changes_the_identity(monkeypatch):
     assert X._identity(X.EXPERIMENTS["di2l"], 0, 0) != before
 
 
+def test_an_edited_module_and_another_torch_change_the_identity(monkeypatch):
+    "Of the runs that know their code: those whose outcome the module decides, and no others."
+    e = replace(X.EXPERIMENTS["search-part-unit"], name="any")
+    before = X._identity(e, 6, 0)
+    digests = {m: C._digest(m) for m in C.deciding_modules(X.METHODS["di2l"])}
+    assert {"di2l.dpa", "di2l.train", "di2l.eval", "di2l.synthetic.people", "di2l.data.cache", "di2l.runs.process"} < set(digests)
+    for edited in digests:
+        monkeypatch.setattr(C, "_digest", lambda m: "edited" if m == edited else digests[m])
+        assert X._identity(e, 6, 0) != before, edited
+    monkeypatch.setattr(C, "_digest", digests.__getitem__)
+    assert X._identity(e, 6, 0) == before
+    monkeypatch.setattr(C, "version", lambda name: "9.9.9+cpu")
+    changed = X._identity(e, 6, 0)
+    assert changed != before
+    after = C.code_digest(C.code_of(X.METHODS["di2l"]))
+    monkeypatch.setattr(C, "version", real := __import__("importlib.metadata").metadata.version)
+    first = C.code_digest(C.code_of(X.METHODS["di2l"]))
+    monkeypatch.setattr(C, "version", lambda name: "9.9.9+cpu")
+    monkeypatch.setattr(X, "shown_equal", lambda: {after: first})
+    assert X._identity(e, 6, 0) == before                          # a change that was shown to change nothing
+
+
+def test_a_docstring_decides_nothing_and_a_constant_does():
+    source = Path(C._path("di2l.non_local")).read_text()
+    assert C.source_digest(source) == C.source_digest(source.replace("Eq. 2–3: embedded-Gaussian", "An embedded-Gaussian").replace("# (B,N,N)", "#"))
+    assert "= 8.0" in source or "else 8.0" in source
+    assert C.source_digest(source) != C.source_digest(source.replace("8.0", "9.0"))
+
+
 def test_shuffling_permutes_images_within_each_camera(made):
     e = X.EXPERIMENTS["tiny"]
     shuffled = X._benchmark(replace(e, control="shuffled"), 0, made[0] / "data")
@@ -209,7 +239,7 @@ def test_every_experiment_has_a_valid_configuration():
     for name, e in X.EXPERIMENTS.items():
         assert X._configuration(e, 0).method in X.METHODS
         replace(PRESETS[e.benchmark], **e.knobs)
-        assert name in X.PLAN, f"{name} is defined and never run"
+        assert name in {**X.PLAN, **X.SEARCH}, f"{name} is defined and never run"
 
 
 def test_interval_covers_as_often_as_it_says():

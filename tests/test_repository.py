@@ -195,8 +195,9 @@ def test_repository_is_small():
     assert size < 15e6, f"the repository has {size / 1e6:.1f} MB"
 
 
-def test_every_planned_run_is_on_record():
-    "Looked at before the notebooks run: they would train for hours to make what is missing."
+def test_what_the_notebooks_cite_is_on_record():
+    "Looked at before the notebooks run: they would train for hours to make what is missing. A search may be under way."
     from di2l import experiments
 
-    assert experiments.plan(results=ROOT / "results") == [], "`make results` makes them"
+    missing = [row for row in experiments.plan(results=ROOT / "results") if row[0] not in experiments.SEARCH]
+    assert missing == [], "`make results` makes them"
