@@ -54,7 +54,7 @@ def test_search_command(page, run, tiny, tmp_path):
     assert len(found) == 20 and [r["rank"] for r in found[:5]] == [1, 2, 3, 4, 5]
     assert all(r["right"] == (r["pid"] == r["query_pid"]) for r in found)
     assert not any(r["query_cam"] == 3 and r["cam"] == 2 for r in found)
-    assert text.count('class="result') == 20 and "http" not in text and "src=" not in text.replace("img.src = IMAGES", "")
+    assert text.count('class="result') == 20 and "http" not in text
     data = tiny[0]
     first = Path(data.root) / data.test.path.iloc[-1]
     lone = command("search", "--run", run, "--query", first, "--gallery", Path(data.root) / "cam1", "--k", 3, "--device", "cpu", "--html", tmp_path / "p.html")

@@ -1,6 +1,7 @@
 "Evaluation and retrieval: the official protocol, exact search, after-steps, the command line and the page, each against a plain version."
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -671,13 +672,13 @@ def page(run, tmp_path_factory):
     return pa.retrieval_page(found, tmp_path_factory.mktemp("page") / "page.html"), found.to_dict("records")
 
 
-def test_search_in_a_run(page, run, tiny, tmp_path):
+def test_search_in_a_run(page, run, tiny, tmp_path, monkeypatch):
     html, found = page
     text = html.read_text(encoding="utf-8")
     assert len(found) == 20 and [r["rank"] for r in found[:5]] == [1, 2, 3, 4, 5]
     assert all(r["right"] == (r["pid"] == r["query_pid"]) for r in found)
     assert not any(r["query_cam"] == 3 and r["cam"] == 2 for r in found)
-    assert text.count('class="result') == 20 and "http" not in text and "src=" not in text.replace("img.src = IMAGES", "")
+    assert text.count('class="result') == 20 and "http" not in text and text.count("src=") == text.count('src="data:image/jpeg') == 24
     data = tiny[0]
     camera, same = Path(data.root) / "cam1", dict(modality="visible", gallery_modality="visible", k=2, device="cpu")
     assert (lambda t: (t["path"] != t["query_path"]).all())(pa.search_run(run, limit=3, **same))
@@ -685,6 +686,12 @@ def test_search_in_a_run(page, run, tiny, tmp_path):
     assert "unknown" in pa.retrieval_page(lone, tmp_path / "p.html").read_text(encoding="utf-8")
     hits = pa.search_run(run, sorted(camera.iterdir())[0], camera, **same)                    # no skip rule here: an image would find itself first
     assert len(hits) and (hits["path"] != hits["query_path"]).all() and set(hits["rank"]) == {1, 2}
+    monkeypatch.chdir(Path(data.root).parent)                                                # the gallery's paths are relative, the query's is not
+    itself = Path(data.root).resolve() / data.test.path[data.test.modality == "visible"].iloc[0]
+    (tmp_path / "link.jpg").symlink_to(itself)
+    for name in (itself, tmp_path / "link.jpg"):
+        hits = pa.search_run(run, name, root=Path(data.root).name, **same)
+        assert len(hits) == 2 and not any(os.path.samefile(itself, path) for path in hits["path"])
     for words in (dict(k=0), dict(limit=0)):
         with pytest.raises(UserError, match="expected a whole number, 1 or more"): pa.search_run(run, **words)
     with pytest.raises(UserError, match="gallery_modality = 'foo'"): pa.search_run(run, gallery_modality="foo")
@@ -695,20 +702,23 @@ def test_page_in_a_browser(page, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser: pytest.skip("no Chromium here (apt-get install chromium)")
     html, found = page
-    def dom(hash):
-        call = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", f"{html.as_uri()}{hash}"]
-        return subprocess.run(call, capture_output=True, text=True, timeout=60).stdout
-    import re
-    def shown(text):
-        sections = re.findall(r"<section([^>]*)>(.*?)</section>", text, re.S)
-        return [(f"{kind}") for attributes, body in sections if "hidden" not in attributes for kind, rest in re.findall(r'<figure class="result (\w+)"([^>]*)>', body) if "hidden" not in rest]
+    def dom(change):
+        changed = tmp_path / "changed.html"
+        changed.write_text(html.read_text(encoding="utf-8").replace(*change) + "<p id=shown></p><script>document.getElementById('shown').textContent = 'visible: ' + "
+                           "[...document.querySelectorAll('figure.result')].filter(f => f.checkVisibility()).map(f => f.classList[1]).join(' ') + '.'</script>", encoding="utf-8")
+        call = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom", changed.as_uri()]
+        return re.search(r"visible: ([a-z ]*)\.", subprocess.run(call, capture_output=True, text=True, timeout=60).stdout)[1].split()
     right = sum(r["right"] for r in found)
-    everything = dom("")
-    assert len(shown(everything)) == 20 and everything.count('src="data:image/jpeg') == 24 and "20 results" in everything
-    assert shown(dom("#show=right")) == ["right"] * right
-    assert shown(dom("#show=wrong")) == ["wrong"] * (20 - right)
-    query = found[7]["query"]
-    assert len(shown(dom(f"#query={query}"))) == 5
+    assert sorted(dom(("", ""))) == ["right"] * right + ["wrong"] * (20 - right)
+    for kind, n in (("right", right), ("wrong", 20 - right)): assert dom((f'id="{kind}"', f'id="{kind}" checked')) == [kind] * n    # as the keyboard chooses it
+
+
+def test_a_page_of_strange_names_runs_nothing(page, tmp_path):
+    import pandas as pd
+    evil = tmp_path / "<script>alert(1)</script>\" onload='x'.jpg".replace("/", "-"); shutil.copy(page[1][0]["path"], evil)
+    table = pd.DataFrame([{**page[1][0], "path": str(evil), "query_path": str(evil), "pid": "<b>"}])
+    text = pa.retrieval_page(table, tmp_path / "evil.html", "<i>title").read_text(encoding="utf-8")
+    assert not re.search("<script|<b>|<i>", text) and all(set(re.sub(r'="[^"]*"', "", tag).split()) <= {"<img", "src", "alt", "<figure", "class", "title"} for tag in re.findall("<(?:img|figure)[^>]*", text))
 
 
 # ---------------------------------------------------------------- looking inside
