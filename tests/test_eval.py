@@ -672,7 +672,7 @@ def page(run, tmp_path_factory):
     return pa.retrieval_page(found, tmp_path_factory.mktemp("page") / "page.html"), found.to_dict("records")
 
 
-def test_search_in_a_run(page, run, tiny, tmp_path, monkeypatch):
+def test_search_in_a_run(page, run, tiny, tmp_path):
     html, found = page
     text = html.read_text(encoding="utf-8")
     assert len(found) == 20 and [r["rank"] for r in found[:5]] == [1, 2, 3, 4, 5]
@@ -686,16 +686,20 @@ def test_search_in_a_run(page, run, tiny, tmp_path, monkeypatch):
     assert "unknown" in pa.retrieval_page(lone, tmp_path / "p.html").read_text(encoding="utf-8")
     hits = pa.search_run(run, sorted(camera.iterdir())[0], camera, **same)                    # no skip rule here: an image would find itself first
     assert len(hits) and (hits["path"] != hits["query_path"]).all() and set(hits["rank"]) == {1, 2}
-    monkeypatch.chdir(Path(data.root).parent)                                                # the gallery's paths are relative, the query's is not
+    for words in (dict(k=0), dict(limit=0)):
+        with pytest.raises(UserError, match="expected a whole number, 1 or more"): pa.search_run(run, **words)
+    with pytest.raises(UserError, match="gallery_modality = 'foo'"): pa.search_run(run, gallery_modality="foo")
+    with pytest.raises(UserError, match="no such file"): pa.search_run(run, tmp_path / "none.jpg")
+
+
+def test_an_image_does_not_find_itself_under_another_name(run, tiny, tmp_path, monkeypatch):
+    data, same = tiny[0], dict(modality="visible", gallery_modality="visible", k=2, device="cpu")
+    monkeypatch.chdir(Path(data.root).parent)                # the gallery's paths are relative, the query's is not
     itself = Path(data.root).resolve() / data.test.path[data.test.modality == "visible"].iloc[0]
     (tmp_path / "link.jpg").symlink_to(itself)
     for name in (itself, tmp_path / "link.jpg"):
         hits = pa.search_run(run, name, root=Path(data.root).name, **same)
         assert len(hits) == 2 and not any(os.path.samefile(itself, path) for path in hits["path"])
-    for words in (dict(k=0), dict(limit=0)):
-        with pytest.raises(UserError, match="expected a whole number, 1 or more"): pa.search_run(run, **words)
-    with pytest.raises(UserError, match="gallery_modality = 'foo'"): pa.search_run(run, gallery_modality="foo")
-    with pytest.raises(UserError, match="no such file"): pa.search_run(run, tmp_path / "none.jpg")
 
 
 def test_page_in_a_browser(page, tmp_path):
