@@ -5,41 +5,37 @@
 # %% auto #0
 __all__ = ['read_features', 'feature_protocols', 'evaluate_files', 'pool_trials', 'report', 'results_json']
 
-# %% ../../nbs/67_feature_files.ipynb #47aca79e
+# %% ../../nbs/67_feature_files.ipynb #4eca3b22
 from pathlib import Path
 
 import numpy as np
 
 from ..console import UserError, one_of
+from ..data.records import MODALITIES
 from ..eval import Protocol, Result, evaluate_protocol, llcm_protocol, regdb_protocol, sysu_protocol
-from .checks import check_features, check_sysu_cameras, whole_numbers
+from .checks import check_both, check_features, check_sysu_cameras, whole_numbers
 
-# %% ../../nbs/67_feature_files.ipynb #c6cfb9dc
+# %% ../../nbs/67_feature_files.ipynb #bbd02066
 def read_features(
     path,  # `.npz` of any program
 ):         # features `(N,D)`, and a table of pid, cam and what else of frame and modality it holds
     "A feature file."
     import pandas as pd
-    path, wanted = Path(path), "an .npz with features (N,D), pid (N), cam (N) and frame (N)"
-    if not path.is_file(): raise UserError(f"{path}: no such file; expected {wanted}")
     try:
-        with np.load(path, allow_pickle=False) as file: data = {k: file[k] for k in file.files}
+        with np.load(path) as file:                        # only what is wanted: other arrays may be large
+            optional = [k for k in ("frame", "modality") if k in file]
+            data = {k: file[k] for k in ("features", "pid", "cam", *optional)}
     except Exception as e:
-        raise UserError(f"{path}: not a readable .npz file ({e}); expected {wanted}") from None
-    missing = [k for k in ("features", "pid", "cam") if k not in data]
-    if missing:
-        held = ", ".join(sorted(data)) or "nothing"
-        raise UserError(f"{path}: holds {held}, but no {' and no '.join(missing)}; expected {wanted}")
-    features = check_features(data["features"], f"{path}: features")
-    N, named = len(features), [k for k in ("pid", "cam", "frame") if k in data]
-    table = {k: whole_numbers(data[k], N, f"{path}: {k}") for k in named}
-    if "modality" in data:
-        table["modality"] = modality = data["modality"]
-        if modality.shape != (N,):
-            raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
-    return features, pd.DataFrame(table)
+        wanted = "features (N,D), pid (N), cam (N) and frame (N)"
+        raise UserError(f"{path}: is no feature file ({e}); expected an .npz with {wanted}") from None
+    features = check_features(data.pop("features"), f"{path}: features")
+    modality, N = data.pop("modality", None), len(features)
+    table = {k: whole_numbers(v, N, f"{path}: {k}") for k, v in data.items()}
+    if modality is None: return features, pd.DataFrame(table)
+    if modality.shape == (N,): return features, pd.DataFrame({**table, "modality": modality})
+    raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
 
-# %% ../../nbs/67_feature_files.ipynb #f54759b6
+# %% ../../nbs/67_feature_files.ipynb #e102316e
 def _with_modality(records, protocol):
     "The records with a modality that is known."
     if "modality" not in records:
@@ -47,9 +43,7 @@ def _with_modality(records, protocol):
             raise UserError("the features come without modality, and cam does not tell it; "
                             "add modality (N): 'visible' or 'infrared'")
         records = records.assign(modality=np.where(records["cam"] == 2, "infrared", "visible"))
-    strange = records["modality"][~records["modality"].isin(["visible", "infrared"])]
-    if len(strange): raise UserError(f"modality {strange.iloc[0]!r} in row {strange.index[0]}: "
-                                     "expected 'visible' or 'infrared'")
+    for modality in records["modality"].unique(): one_of(MODALITIES, modality=modality)
     return records
 
 def feature_protocols(
@@ -76,7 +70,7 @@ def feature_protocols(
     if protocol == "regdb": return [regdb_protocol(records, d) for d in directions]
     return [llcm_protocol(records, d, seed, trials) for d in directions]
 
-# %% ../../nbs/67_feature_files.ipynb #05799806
+# %% ../../nbs/67_feature_files.ipynb #53159fb8
 def evaluate_files(
     query,               # `.npz` of the queries
     gallery,             # `.npz` of the gallery
@@ -87,9 +81,7 @@ def evaluate_files(
     "The protocol \"any\": one file against another."
     import pandas as pd
     (q, q_table), (g, g_table) = read_features(query), read_features(gallery)
-    if q.shape[1] != g.shape[1]:
-        raise UserError(f"features of {query} have {q.shape[1]} dimensions, those of {gallery} {g.shape[1]}; "
-                        "both must come from one network")
+    check_both(q, g, metric)
     rule, rows = None if skip in (None, "none") else skip, np.arange(len(q) + len(g))
     about = dict(dataset="any", query=Path(query).name, gallery=Path(gallery).name, skip=skip or "none")
     plan, table = Protocol(rows[:len(q)], [rows[len(q):]], rule, about), pd.concat([q_table, g_table])
