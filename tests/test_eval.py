@@ -284,7 +284,7 @@ def test_faiss_recall_save_load_shards(tmp_path):
     parts = [se.faiss_index(x[i:i + 750], "Flat") for i in (0, 750)]
     for p in parts: shards.add_shard(p)
     assert recall(shards.search(x[:50], 10)[1], true) == 1
-    cosine = se.faiss_index(x, "Flat", metric="cosine").search(fe.vectors(x[:50], "cosine").astype(np.float32), 10)[1]
+    cosine = se.faiss_index(x, "Flat", metric="cosine").search(fe._vectors(x[:50], "cosine").astype(np.float32), 10)[1]
     assert recall(cosine, se.search(x[:50], x, 10, "cosine")[1]) == 1
     with pytest.raises(UserError, match="too few"): se.faiss_index(x[:5], "IVF64,PQ8")
 

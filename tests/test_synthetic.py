@@ -16,8 +16,8 @@ from di2l.console import UserError
 from di2l.data.records import read_regdb, read_sysu
 from di2l.eval import protocols
 from di2l.synthetic import benchmark, people, sensors
-from di2l.synthetic.benchmark import _cameras_of, _checked, _splits, read_benchmark, settings_for, write_benchmark
-from di2l.synthetic.people import _draw_colour, _stream, draw_person
+from di2l.synthetic.benchmark import _cameras_of, _checked, _splits, read_benchmark, _settings_for, write_benchmark
+from di2l.synthetic.people import _draw_colour, _stream, _draw_person
 from di2l.synthetic.sensors import LAYOUTS, PRESETS, Settings, render
 
 SYSU, REGDB = LAYOUTS["sysu"], LAYOUTS["regdb"]
@@ -93,7 +93,7 @@ def test_another_seed_is_another_benchmark(small, tmp_path):
 def test_an_image_depends_on_its_arguments_alone(pid, camera, frame):
     s = PRESETS["regdb"] if camera in REGDB else PRESETS["hard"]
     first = render(s, 3, pid, camera, frame)
-    for cached in (draw_person, sensors._place, sensors._optics): cached.cache_clear()
+    for cached in (_draw_person, sensors._place, sensors._optics): cached.cache_clear()
     render(s, 3, pid + 1, camera, frame)
     assert np.array_equal(first, render(s, 3, pid, camera, frame))
     assert first.shape == (s.height, s.width, 3) and first.dtype == np.uint8
@@ -123,7 +123,7 @@ CHANGED = dict(height=128, width=64, missing=0.4, correlation=0.2, ir_noise=3.0,
 
 @pytest.mark.parametrize("knob", sorted(CHANGED))
 def test_every_knob_changes_something(knob, small, tmp_path):
-    s = replace(settings_for("tiny", **{k: v for k, v in SMALL.items() if k not in ("preset", "workers")}), **{knob: CHANGED[knob]})
+    s = replace(_settings_for("tiny", **{k: v for k, v in SMALL.items() if k not in ("preset", "workers")}), **{knob: CHANGED[knob]})
     if knob in ("identities", "val_identities", "test_identities", "missing"):
         before = json.loads((small / "benchmark.json").read_text())["settings"]
         old = _checked(Settings(**before))
@@ -142,7 +142,7 @@ def test_all_knobs_are_known_and_documented():
     from fastcore.docments import docments
     assert set(CHANGED) | {"layout"} == {f.name for f in fields(Settings)}
     assert all(docments(Settings)[f.name] for f in fields(Settings))
-    for name, s in PRESETS.items(): assert settings_for(name) == _checked(s) == s
+    for name, s in PRESETS.items(): assert _settings_for(name) == _checked(s) == s
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.75, 1.0])
 def test_correlation_is_that_of_infrared_with_luminance(correlation):
@@ -153,7 +153,7 @@ def test_correlation_is_that_of_infrared_with_luminance(correlation):
     assert abs(np.corrcoef(seen, infrared)[0, 1] - correlation) < 0.05
 
 def test_patterns_can_be_seen_in_both_spectra():
-    crowd = [draw_person(0, pid, 0.75) for pid in range(1, 101)]
+    crowd = [_draw_person(0, pid, 0.75) for pid in range(1, 101)]
     slots = [m for m in range(people.SLOTS) if m not in (people.SKIN, people.HAIR)]
     visible = np.array([[abs(people._tone(p.rgb[0, m]) - people._tone(p.rgb[1, m])) for m in slots] for p in crowd])
     infrared = np.array([[abs(p.nir[0, m] ** .5 - p.nir[1, m] ** .5) for m in slots] for p in crowd])
@@ -169,13 +169,13 @@ def test_thermal_sees_warmth_and_a_pattern_by_the_sun_alone():
     for correlation in (0.0, calm.correlation):
         calm = replace(calm, correlation=correlation)
         a = render(calm, 0, 1, REGDB[1], 1)
-        person = draw_person(0, 1, correlation)
+        person = _draw_person(0, 1, correlation)
         kept = person.pattern.copy()
         try: person.pattern[:, 0] = people.CHECKS; b = render(calm, 0, 1, REGDB[1], 1)
         finally: person.pattern[:] = kept
         same[correlation] = np.array_equal(a, b)
     assert list(same.values()) == [True, False]
-    heat = draw_person(0, 1, 0.0).heat                  # without the sun on it
+    heat = _draw_person(0, 1, 0.0).heat                  # without the sun on it
     assert (heat[:, people.SKIN] > heat[:, people.UPPER]).all() and (heat[:, people.UPPER] > heat[:, people.BAG]).all() and (heat[0] == heat[1]).all()
     seen, sun = np.sqrt(person.rgb @ people.LUMINANCE), person.heat - heat
     assert np.corrcoef(seen[:, people.HAT:].ravel(), sun[:, people.HAT:].ravel())[0, 1] < -0.999 and not sun[:, :people.HAT].any()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'Report', 'verify']
 
-# %% ../../nbs/53_dataset_checker.ipynb #830e1a9c
+# %% ../../nbs/53_dataset_checker.ipynb #330e9b5f
 import io, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import UserError, one_of
-from .cache import _open_image, decode, in_parallel
-from .files import AGAIN, collect, complain, dataset_root, is_image, listing, read_bytes
+from .cache import _open_image, decode, _in_parallel
+from .files import AGAIN, collect, complain, dataset_root, _is_image, _listing, _read_bytes
 from .permutations import read_permutations
 from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS
 from .records import llcm_images, regdb_images, sysu_images
@@ -99,16 +99,16 @@ def _check_llcm(root):
         counts |= {f"{s}, {m} images": len(of[of.modality == m]) for m in MODALITIES}
     return rows, counts
 
-# %% ../../nbs/53_dataset_checker.ipynb #446487df
+# %% ../../nbs/53_dataset_checker.ipynb #0bf67d47
 def _walk(folder):
     "Paths of all images below a folder."
     here = Path(folder).resolve()
-    for entry in listing(folder) or ():
-        if not entry.is_dir() and is_image(entry.name): yield Path(entry.path)
+    for entry in _listing(folder) or ():
+        if not entry.is_dir() and _is_image(entry.name): yield Path(entry.path)
         elif entry.is_dir() and not here.is_relative_to(os.path.realpath(entry.path)):
             yield from _walk(entry.path)
 
-# %% ../../nbs/53_dataset_checker.ipynb #090c12b4
+# %% ../../nbs/53_dataset_checker.ipynb #dc9785e9
 def _ended(data):
     "Whether a JPEG or PNG has its end; other kinds do not say."
     if data[:2] != b"\xff\xd8": return data[:2] == b"\x89P" and b"IEND" in data[-64:]
@@ -119,13 +119,13 @@ def _ended(data):
 
 def _check_image(file, deep):
     "A `UserError` if an image cannot be used; decoded if its end is missing or unmarked, or if `deep`."
-    data = read_bytes(file)
+    data = _read_bytes(file)
     _open_image(file, io.BytesIO(data))
     if deep or not _ended(data): decode(data, file=file)
     if data[:2] == b"\xff\xd8" and not _ended(data):
         raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
 
-# %% ../../nbs/53_dataset_checker.ipynb #0ce3c6a2
+# %% ../../nbs/53_dataset_checker.ipynb #c064776b
 @dataclass
 class Report:
     "What the checker found."
@@ -141,14 +141,12 @@ class Report:
         return not self.problems and bool(self.checks.ok.all())
 
     def __str__(self):
-        def row(what, expected, found, ok="ok"): return f"{what:38}{expected:>10}{found:>10}  {ok}".rstrip()
-        number = lambda v: "—" if v is None else f"{v:,}"
-        lines = [f"{self.name} in {self.root}", row("", "expected", "found", "")]
-        for what, expected, found, ok in self.checks.itertuples(index=False):
-            lines.append(row(what, number(expected), number(found), "" if ok else "WRONG"))
-        lines += [f"problem: {p}" for p in self.problems] + [f"note: {n}" for n in self.notes]
+        shown = self.checks.assign(expected=["—" if n is None else n for n in self.checks.expected],
+                                   ok=["" if ok else "WRONG" for ok in self.checks.ok])
+        told = [f"problem: {p}" for p in self.problems] + [f"note: {n}" for n in self.notes]
         wrong = f"{len(self.problems)} problems, {(~self.checks.ok).sum()} wrong counts"
-        return "\n".join([*lines, "complete and readable" if self.ok else wrong])
+        return "\n".join([f"{self.name} in {self.root}", shown.to_string(index=False), *told,
+                          "complete and readable" if self.ok else wrong])
 
     def to_json(self):
         "The report as a dict for `json.dump`."
@@ -156,16 +154,16 @@ class Report:
         return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=self.checks.to_dict("records"),
                     problems=problems, notes=self.notes)
 
-# %% ../../nbs/53_dataset_checker.ipynb #0725ef4c
+# %% ../../nbs/53_dataset_checker.ipynb #7fbb555e
 def _table(counts, expected):
-    "The table of a report."
+    "The table of a report; nothing is known of a count that is not among those `expected`."
     import pandas as pd
     lists = {what: 2060 for what in counts if what.startswith("idx/")} if expected else {}
-    rows = [(what, (lists | expected).get(what), n) for what, n in counts.items()]
-    rows = [(what, want, n, want in (None, n)) for what, want, n in rows]
-    return pd.DataFrame(rows, columns=["what", "expected", "found", "ok"], dtype=object).astype({"ok": bool})
+    known = [(what, (lists | expected).get(what), n) for what, n in counts.items()]
+    t = pd.DataFrame(known, columns=["what", "expected", "found"], dtype=object)
+    return t.assign(ok=[want in (None, n) for _, want, n in known])
 
-# %% ../../nbs/53_dataset_checker.ipynb #d8ea0501
+# %% ../../nbs/53_dataset_checker.ipynb #b56c9fe5
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
@@ -176,8 +174,9 @@ def verify(
     "Everything that is missing, unreadable, truncated or misplaced, and the counts beside those known."
     one_of(FOLDERS, dataset=name)
     root = Path(root).expanduser()
-    listing(root)  # a closed folder is no report
-    benchmark, standin = (os.path.isfile(root / f"{n}.json") for n in ("benchmark", "standin"))
+    _listing(root)  # a closed folder is no report
+    made = [f"{n}.json" for n in ("benchmark", "standin") if os.path.isfile(root / f"{n}.json")]
+    benchmark = "benchmark.json" in made                                 # whose counts are its own
     with collect() as problems, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         dataset_root(root, *FOLDERS[name])
@@ -187,14 +186,13 @@ def verify(
             if permutations: _by_permutations(root, _frame(rows), permutations)
             else: _by_numbers(root, _frame(rows))
         images, known = {f.relative_to(root).as_posix() for f in _walk(root)}, {row[0] for row in rows}
-        for path in sorted(images - known) if listing(root / "idx") is not None else ():
+        for path in sorted(images - known) if _listing(root / "idx") is not None else ():
             complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
     files = sorted(images | known)  # a list may name what a walk does not take for an image
     what = "decode" if deep else "headers"
-    problems += in_parallel(lambda i: _check_image(root / files[i], deep), len(files), what, workers)
+    problems += _in_parallel(lambda i: _check_image(root / files[i], deep), len(files), what, workers)
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")
-    if benchmark: notes.append("benchmark.json: this is the embedded benchmark, whose counts are its own")
-    if standin: notes.append("standin.json: this is a stand-in with flat-coloured images, not the dataset")
+    notes += [f"{file}: a program made these images; this is not the dataset itself" for file in made]
     return Report(name, root, checks, list(dict.fromkeys(problems)), notes)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_features', 'feature_protocols', 'evaluate_files', 'pool_trials', 'report', 'results_json']
 
-# %% ../../nbs/67_feature_files.ipynb #4eca3b22
+# %% ../../nbs/67_feature_files.ipynb #cf13f943
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +13,9 @@ import numpy as np
 from ..console import UserError, one_of
 from ..data.records import MODALITIES
 from ..eval import Protocol, Result, evaluate_protocol, llcm_protocol, regdb_protocol, sysu_protocol
-from .checks import check_both, check_features, check_sysu_cameras, whole_numbers
+from .checks import _check_sysu_cameras, check_both, _check_features, _whole_numbers
 
-# %% ../../nbs/67_feature_files.ipynb #bbd02066
+# %% ../../nbs/67_feature_files.ipynb #9c7aebb9
 def read_features(
     path,  # `.npz` of any program
 ):         # features `(N,D)`, and a table of pid, cam and what else of frame and modality it holds
@@ -28,14 +28,14 @@ def read_features(
     except Exception as e:
         wanted = "features (N,D), pid (N), cam (N) and frame (N)"
         raise UserError(f"{path}: is no feature file ({e}); expected an .npz with {wanted}") from None
-    features = check_features(data.pop("features"), f"{path}: features")
+    features = _check_features(data.pop("features"), f"{path}: features")
     modality, N = data.pop("modality", None), len(features)
-    table = {k: whole_numbers(v, N, f"{path}: {k}") for k, v in data.items()}
+    table = {k: _whole_numbers(v, N, f"{path}: {k}") for k, v in data.items()}
     if modality is None: return features, pd.DataFrame(table)
     if modality.shape == (N,): return features, pd.DataFrame({**table, "modality": modality})
     raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
 
-# %% ../../nbs/67_feature_files.ipynb #e102316e
+# %% ../../nbs/67_feature_files.ipynb #0c688429
 def _with_modality(records, protocol):
     "The records with a modality that is known."
     if "modality" not in records:
@@ -62,7 +62,7 @@ def feature_protocols(
         if "frame" not in records:
             raise UserError("the features come without frame, by which SYSU-MM01's galleries are drawn; add "
                             "frame (N): the image's number within its identity-and-camera folder, from 1")
-        check_sysu_cameras(records["cam"].to_numpy(), "camera")
+        _check_sysu_cameras(records["cam"].to_numpy(), "camera")
         direction = direction or "infrared→visible"
         return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction)]
     records = _with_modality(records, protocol)

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['attention_maps', 'draw_attention', 'pair_distances', 'hardest_queries']
 
-# %% ../../nbs/66_looking.ipynb #77086c1a
+# %% ../../nbs/66_looking.ipynb #5477593f
 import numpy as np
 import torch
 
 from ..console import UserError
 from ..eval import evaluate, skipped_by
-from .features import batch_features, distances
+from .features import _batch_features, distances
 
-# %% ../../nbs/66_looking.ipynb #d4ca370d
+# %% ../../nbs/66_looking.ipynb #60d22b1a
 @torch.inference_mode()
 def attention_maps(
     net,       # network
@@ -25,7 +25,7 @@ def attention_maps(
     if not keepers: raise UserError("this network has no attention module; train with dpa or non_local")
     for m in keepers.values(): m.keep_attention = True
     try:
-        batch_features(net.eval(), pixels.to(next(net.parameters()).device), modality, False)
+        _batch_features(net.eval(), pixels.to(next(net.parameters()).device), modality, False)
         return {name: m.attention.float().cpu() for name, m in keepers.items()}
     finally:
         for m in keepers.values(): m.keep_attention, m.attention = False, None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search_run', 'retrieval_page']
 
-# %% ../../nbs/65_retrieval_page.ipynb #1eae51a3
+# %% ../../nbs/65_retrieval_page.ipynb #e52feeec
 import base64, io, os
 from html import escape
 from pathlib import Path
@@ -15,19 +15,19 @@ import torch
 
 from ..console import UserError, one_of, whole
 from ..data.cache import read_image
-from ..data.files import is_image
+from ..data.files import _is_image
 from ..eval import skipped_by
 from ..files import write_whole
-from .features import distances, extract_features, run_dataset
+from .features import distances, extract_features, _run_dataset
 from .search import search
 
-# %% ../../nbs/65_retrieval_page.ipynb #297e1317
+# %% ../../nbs/65_retrieval_page.ipynb #8c6a931c
 def _pictures(path, modality):
     "A table of images that belong to no dataset: one image, or all below a folder."
     import pandas as pd
     path = Path(path)
     if not path.exists(): raise UserError(f"{path}: no such file or folder")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_image(p.name))
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p.name))
     if not found: raise UserError(f"{path}: there are no images in this folder")
     return pd.DataFrame({"path": [str(p.absolute()) for p in found], "modality": modality})
 
@@ -69,14 +69,14 @@ def _retrieve(net, query, gallery, k, size, metric="euclidean", skip=None, flip=
     if "pid" in query and "pid" in gallery: table["right"] = table["pid"] == table["query_pid"]
     return table
 
-# %% ../../nbs/65_retrieval_page.ipynb #290b5cc0
+# %% ../../nbs/65_retrieval_page.ipynb #2a8b0477
 def _search_tables(run, query, gallery, modality, other, root, limit):
     "Network, image size, query and gallery tables, and the skip rule that fits them."
     from di2l.runs.folder import load_network
     net, info = load_network(run)
     config, test = info["config"], None
     if query is None or gallery is None:
-        data = run_dataset(config, root)
+        data = _run_dataset(config, root)
         test = data.test.assign(path=[str(data.root / p) for p in data.test["path"]])
     tables = [_pictures(path, m) if path else test[test["modality"] == m].reset_index(drop=True)
               for path, m in ((query, modality), (gallery, other))]

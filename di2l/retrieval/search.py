@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['search', 'faiss_index']
 
-# %% ../../nbs/63_search.ipynb #2f1c5969
+# %% ../../nbs/63_search.ipynb #127fd4b4
 import numpy as np
 import torch
 
 from ..console import UserError, progress, whole
-from .checks import as_array, check_both, check_features
-from .features import torch_device, vectors
+from .checks import as_array, check_both, _check_features
+from .features import _vectors, torch_device
 
-# %% ../../nbs/63_search.ipynb #ea9436f8
-def _tensor(features, metric): return torch.from_numpy(vectors(features, metric))
+# %% ../../nbs/63_search.ipynb #1a73bee7
+def _tensor(features, metric): return torch.from_numpy(_vectors(features, metric))
 
 def _exact(query, gallery, metric):
     "The distance of every pair by itself, so that copies tie whatever stands around them."
@@ -22,11 +22,11 @@ def _exact(query, gallery, metric):
     return d if metric == "euclidean" else d.square() / 2
 
 def _tiles(gallery, metric, block):
-    "First row and checked `vectors` of each tile of the gallery."
+    "First row and checked `_vectors` of each tile of the gallery."
     for start in progress(range(0, len(gallery), block), "search", unit="tile"):
         part = gallery[start:start + block]
         rows = range(start, start + len(part))
-        yield start, _tensor(check_features(part, "gallery features", metric, rows), metric)
+        yield start, _tensor(_check_features(part, "gallery features", metric, rows), metric)
 
 def _candidates(q, gallery, shift, metric, device, count, block):
     "The largest float32 scores `(Q,count)`, their gallery rows, the longest gallery vector shifted and not."
@@ -101,7 +101,7 @@ def search(
     if len(left): dist[left], rows[left] = _by_distance(q[left], gallery, k, metric, block)
     return dist.numpy(), rows.numpy()
 
-# %% ../../nbs/63_search.ipynb #b8fbf08e
+# %% ../../nbs/63_search.ipynb #c534e772
 def faiss_index(
     features,             # `(N,D)`
     kind="IVF64,PQ16x4",  # FAISS's factory string: cells, numbers an image x bits a number; "Flat" is exact
@@ -112,7 +112,7 @@ def faiss_index(
     "An approximate index over features."
     try: import faiss
     except ImportError: raise UserError("FAISS is not installed; pip install 'di2l[search]'") from None
-    x = vectors(check_features(features, metric=metric), metric).astype(np.float32)
+    x = _vectors(_check_features(features, metric=metric), metric).astype(np.float32)
     index = faiss.index_factory(x.shape[1], kind)
     if hasattr(index, "nprobe"): index.nprobe = probe
     for part in (index, getattr(index, "pq", None)):                         # few points, without a warning

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNER', 'LOWER', 'SHOES', 'BAG', 'SLOTS', 'LUMINANCE', 'GARMENTS', 'PLAIN',
            'BANDS', 'PINSTRIPES', 'CHECKS', 'DOTS', 'BLOCK', 'DIAGONAL', 'LOGO', 'SIDES', 'PATTERNS', 'HAIR_COLOURS',
-           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'draw_person', 'Part', 'body']
+           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'Part']
 
 # %% ../../nbs/60_people.ipynb #1563fa19
 import math
@@ -103,14 +103,10 @@ def _draw_heat(rng, wear, rgb, correlation):
     sun[:, [SKIN, HAIR]] = 0
     return heat + sun
 
-# %% ../../nbs/60_people.ipynb #19e39d52
+# %% ../../nbs/60_people.ipynb #8c131d99
 @lru_cache(512)
-def draw_person(
-    seed,         # of the data
-    pid,          # identity; negative ones are passers-by
-    correlation,  # of near-infrared reflectance with visible luminance
-):                # a person, as in the table above
-    "The identity `pid` of benchmark `seed`."
+def _draw_person(seed, pid, correlation):
+    "The identity `pid` of benchmark `seed`, as in the table above; negative ones are passers-by."
     rng, apart = _stream(seed, 1, pid), _stream(seed, 2, pid)
     size, wear = _draw_size(rng), _draw_wear(rng)
     pairs = [_contrasting(lambda i: _draw_colour(rng), _tone, 0.25) for _ in range(SLOTS)]
@@ -272,14 +268,9 @@ def _bag(person, hip, top, wrists):
                       ((x, y - .13, z), (x, y - .40, z), {0: .06, .1: .075, 1: .08}, BAG, 2.0, (.05, .1))])
     return [Part(*bag) for bag in bags.get(person.wear.bag, [])]
 
-# %% ../../nbs/60_people.ipynb #21033ee7
-def body(
-    person,  # `Person`
-    phase,   # of the step, radians
-    walk,    # 0 stands, 1 strides
-    turn,    # of the head, radians
-):           # list of `Part`, torso first
-    "All parts of a person in one pose."
+# %% ../../nbs/60_people.ipynb #5214e9a2
+def _body(person, phase, walk, turn):
+    "All parts of a person in one pose, torso first."
     free = dict(longskirt=.5, skirt=.8).get(person.wear.lower, .8 if person.wear.upper == "coat" else 1.0)
     stride = .42 * walk * person.size.stride * free
     hip, legs = _pose_legs(person.size, phase, stride)

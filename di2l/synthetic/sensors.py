@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'PRESETS', 'View', 'PIXELS', 'FLOOR', 'Camera', 'LAYOUTS', 'SUPER', 'CHANNELS', 'Settings', 'render']
 
-# %% ../../nbs/61_sensors.ipynb #bc9b25d1
+# %% ../../nbs/61_sensors.ipynb #31eb2a73
 import math
 from collections import namedtuple
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .people import (BAG, BANDS, BLOCK, CHECKS, DIAGONAL, DOTS, HAIR, INNER, LOGO, LOWER, SIDES,
-                                   PINSTRIPES, SKIN, SLOTS, UPPER, body, _draw_colour, draw_person, _stream)
+                                   PINSTRIPES, SKIN, SLOTS, UPPER, _body, _draw_colour, _draw_person, _stream)
 
 # %% ../../nbs/61_sensors.ipynb #e4a03522
 VERSION = "5"  # of the generator: any change of the pixels raises it
@@ -260,14 +260,14 @@ def _optics(seed, number, nuisance):
         gain=1 + .3 * nuisance * rng.uniform(-1, 1), ambient=rng.uniform(.35, .6),
         blur=.25 * nuisance * rng.random(), noise=rng.uniform(.6, 1.4))
 
-# %% ../../nbs/61_sensors.ipynb #47ba753b
+# %% ../../nbs/61_sensors.ipynb #84743c44
 SUPER = 2  # samples per pixel and direction
 
 def _assemble(cast, H, W):
-    "The visible surface of everybody in `cast`: (person, view, pose as for `body`)."
+    "The visible surface of everybody in `cast`: (person, view, pose as for `_body`)."
     parts, buf = [], _buffers(H, W)
     for i, (person, view, pose) in enumerate(cast):
-        for part in body(person, *pose):
+        for part in _body(person, *pose):
             parts.append((part, view, i, _rasterise(buf, len(parts), part, view)))
     return _surface(buf, parts, [person for person, _, _ in cast])
 
@@ -300,11 +300,11 @@ def _backdrop(s, seed, camera, scale, rng):
     cols = rng.uniform(0, max(0, pano.shape[1] - W * zoom - 1)) + np.arange(W) * zoom
     return pano.take(rows.astype(np.intp), 0, mode="clip").take(cols.astype(np.intp), 1, mode="clip")
 
-# %% ../../nbs/61_sensors.ipynb #556b624d
+# %% ../../nbs/61_sensors.ipynb #8a45f107
 def _stage(s, seed, pid, camera, rng):
     "Put the person, perhaps a passer-by and an object, before the camera: a scene."
     H, W, n = s.height * SUPER, s.width * SUPER, s.nuisance
-    person = draw_person(seed, pid, s.correlation)
+    person = _draw_person(seed, pid, s.correlation)
     tall = .5 * person.size.height + .5 * 1.72  # detectors cut out what they find: half the height is lost
     scale = H / (tall * (1.13 + .10 * n * rng.random()))
     view = View(math.radians(s.heading) * rng.uniform(-1, 1), _optics(seed, camera.number, n).pitch, scale,
@@ -313,7 +313,7 @@ def _stage(s, seed, pid, camera, rng):
     (there, side, far, near), distance = rng.random(4), rng.uniform(3.0, 3.0 + 4 * n)
     if there < s.occlusion / 2:                                              # a passer-by
         aside = (1 if side < .5 else -1) * (.42 + .3 * far)
-        other = draw_person(seed, -1 - int(rng.integers(200)), s.correlation)
+        other = _draw_person(seed, -1 - int(rng.integers(200)), s.correlation)
         cast.append((other, view._replace(heading=rng.uniform(-3.1, 3.1), x=view.x + aside * scale,
                                           y=view.y + .02 * H, z=.5 if near < .6 else -.7)))
     cast = [(*c, (rng.uniform(0, 2 * math.pi), rng.random() ** .5, .5 * rng.uniform(-1, 1))) for c in cast]
