@@ -261,62 +261,6 @@ def test_metrics_in_blocks():
     for block in (1, 7, 30, 99): assert ev.evaluate_protocol(np.concatenate([q, g]), records, plan, block=block).trials[0].to_dict() == whole.to_dict()
 
 
-# ---------------------------------------------------------------- FAISS
-
-def recall(found, true):
-    return np.mean([np.isin(t, f).mean() for f, t in zip(found, true)])
-
-
-def test_faiss_recall_save_load_shards(tmp_path):
-    import faiss                                              # an option for users, at hand for developers
-    faiss.omp_set_num_threads(1)
-    rng = np.random.default_rng(5)
-    centres = rng.normal(size=(20, 16))
-    x = (centres[rng.integers(0, 20, 1500)] + .5 * rng.normal(size=(1500, 16))).astype(np.float32)
-    true = se.search(x[:50], x, 10)[1]
-    index = se.faiss_index(x, "IVF8,PQ8x4", probe=8)
-    faiss.write_index(index, str(tmp_path / "i"))
-    found = index.search(x[:50], 10)[1]
-    assert np.array_equal(faiss.read_index(str(tmp_path / "i")).search(x[:50], 10)[1], found)
-    assert .3 < recall(found, true) < 1
-    assert np.array_equal(se.faiss_index(x, "IVF8,PQ8x4", probe=8).search(x[:50], 10)[1], found)     # the same seed, the same index
-    shards = faiss.IndexShards(16, False, True)
-    parts = [se.faiss_index(x[i:i + 750], "Flat") for i in (0, 750)]
-    for p in parts: shards.add_shard(p)
-    assert recall(shards.search(x[:50], 10)[1], true) == 1
-    cosine = se.faiss_index(x, "Flat", metric="cosine").search(fe._vectors(x[:50], "cosine").astype(np.float32), 10)[1]
-    assert recall(cosine, se.search(x[:50], x, 10, "cosine")[1]) == 1
-    with pytest.raises(UserError, match="too few"): se.faiss_index(x[:5], "IVF64,PQ8")
-
-
-SHARD = """
-import sys, faiss, numpy as np
-shard, queries, first, k, out = sys.argv[1:]
-found = faiss.read_index(shard).search(np.load(queries), int(k))
-np.savez(out, distance=found[0], row=found[1] + int(first))
-"""
-
-
-def test_faiss_shards_in_processes_of_their_own(tmp_path):
-    "Two processes, each with half of the gallery in a file; FAISS puts their answers together: what one exact search finds."
-    import faiss, subprocess
-    rng = np.random.default_rng(6)
-    x = rng.normal(size=(600, 16)).astype(np.float32)
-    np.save(tmp_path / "q.npy", x[:40])
-    together = faiss.ResultHeap(40, 5)
-    for first in (0, 300): faiss.write_index(se.faiss_index(x[first:first + 300], "IVF4,Flat", probe=4), str(tmp_path / f"{first}.faiss"))
-    running = [subprocess.Popen([sys.executable, "-c", SHARD, *map(str, (tmp_path / f"{first}.faiss", tmp_path / "q.npy", first, 5, tmp_path / f"{first}.npz"))]) for first in (0, 300)]
-    assert [p.wait() for p in running] == [0, 0]
-    for first in (0, 300): part = np.load(tmp_path / f"{first}.npz"); together.add_result(part["distance"], part["row"])
-    together.finalize()
-    assert recall(together.I, se.search(x[:40], x, 5)[1]) == 1
-
-
-def test_faiss_missing_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"pip install 'di2l\[search\]'"): se.faiss_index(np.ones((9, 4)))
-
-
 # ---------------------------------------------------------------- after-steps
 
 def naive_expansion(q, g, k, alpha, skipped):
@@ -529,7 +473,7 @@ BAD = {
     "shots": (lambda g: dict(shots=0), "shots"),
     "trials": (lambda g: dict(trials=0), "trials = 0: expected a whole number, 1 or more"),
     "modality": (lambda g: dict(protocol="llcm", modality=np.array(["thermal"] * len(g["pid"]))), "modality = 'thermal'; there are visible, infrared"),
-    "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: not found"),
+    "permutations": (lambda g: dict(permutations="nowhere.mat"), "nowhere.mat: is not the official rand_perm_cam.mat .FileNotFoundError"),
 }
 
 
@@ -602,9 +546,8 @@ def test_held_out_results_say_so_and_a_trial_counts_once(run, tmp_path):
     (held / "config.json").write_text(json.dumps(info))
     result = ev.evaluate_run(held, mode="all", shots=1, device="cpu")[0]
     assert "held out" in result.title()
-    tables = pa._search_tables(str(held), None, None, "infrared", "visible", None, 4)[2]
-    whole = pa._search_tables(str(run), None, None, "infrared", "visible", None, 4)[2]
-    assert not set(tables[1].pid) & set(whole[1].pid)
+    some, whole = (pa.search_run(folder, limit=4, k=99, device="cpu") for folder in (held, run))
+    assert not set(some.pid) & set(whole.pid)
     twice = ev.evaluate_protocol(np.eye(4), tmp_table(4).assign(pid=[1, 2, 1, 2], cam=[1, 1, 3, 3]), Protocol(np.arange(2, 4), [np.arange(2)], None, dict(dataset="regdb")), trial=1)
     with pytest.raises(UserError, match="trial 1 is there twice"): ff.pool_trials([twice, twice])
 
@@ -742,16 +685,3 @@ def test_attention_maps_are_kept_and_put_back(run, tiny):
         assert a.shape[0] == 2 and a.shape[1] == a.shape[2]
         torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:2]))
     assert not any(getattr(m, "keep_attention", False) for m in net.modules())
-
-
-def test_pair_distances_and_hardest(tiny):
-    data, features = tiny
-    test, x = data.test, features[data.test.index]
-    pairs = lo.pair_distances(x, test)
-    assert len(pairs) == len(x) * (len(x) - 1) // 2
-    i, j = next((i, j) for i in range(len(x)) for j in range(i) if test.pid.iloc[i] == test.pid.iloc[j] and test.modality.iloc[i] != test.modality.iloc[j])
-    assert np.isclose(pairs.distance[(pairs.identity == "same") & (pairs.modalities == "two")], np.linalg.norm(x[i].astype(float) - x[j])).any()
-    protocol = sysu_protocol(data.records)
-    hard = lo.hardest_queries(features, data.records, protocol, n=4)
-    per = ev.evaluate_protocol(features, data.records, protocol).trials[0].per_query
-    assert np.allclose(hard.ap, np.sort(per["ap"][per["counts"]])[:4]) and (hard.pid != hard.rival_pid).all() and not ((hard.cam == 3) & (hard.rival_cam == 2)).any()
