@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'Report', 'verify']
 
-# %% ../../nbs/53_dataset_checker.ipynb #330e9b5f
+# %% ../../nbs/53_dataset_checker.ipynb #6a0580db
 import io, os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import UserError, one_of
-from .cache import _open_image, decode, _in_parallel
+from .cache import _decode, _in_parallel, _open_image
 from .files import AGAIN, collect, complain, dataset_root, _is_image, _listing, _read_bytes
 from .permutations import read_permutations
 from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS
@@ -56,25 +56,24 @@ def _by_numbers(root, t):
         for k in range(1, min(max(numbers), 1000)):  # more than a thousand are no count of images
             if k not in numbers: complain(f"{root / folder}/{k:04d}.*: is missing; {AGAIN}")
 
-# %% ../../nbs/53_dataset_checker.ipynb #859ed57c
+# %% ../../nbs/53_dataset_checker.ipynb #66a7eb5a
 def _check_sysu(root):
-    "(rows, counts)"
-    rows = sysu_images(root)
-    t = _frame(rows)
+    "(images, counts)"
+    t = _frame(sysu_images(root))
     test = t[t.split == "test"]
     counts = {f"{m} images": len(t[t.modality == m]) for m in MODALITIES}
     counts |= {f"camera {c} ({m})": len(t[t.cam == c]) for c, m in SYSU_CAMERAS.items()}
     counts["identities with both modalities"] = int((t.groupby("pid").modality.nunique() == 2).sum())
     counts |= {f"{s} identities": t.pid[t.split == s].nunique() for s in ("train", "val", "test")}
     counts["queries (infrared test images)"] = len(test[test.modality == "infrared"])
-    for mode, cams in {"all": (1, 2, 4, 5), "indoor": (1, 2)}.items():
-        pool = test[test.cam.isin(cams)].drop_duplicates(["pid", "cam"])
-        counts[f"single-shot gallery, {mode}-search"] = len(pool)
-    return rows, counts
+    drawn = test.cam[test.modality == "visible"].groupby(test.pid).unique().explode()
+    counts["single-shot gallery, all-search"] = len(drawn)
+    counts["single-shot gallery, indoor-search"] = int(drawn.isin((1, 2)).sum())
+    return t, counts
 
-# %% ../../nbs/53_dataset_checker.ipynb #23424875
+# %% ../../nbs/53_dataset_checker.ipynb #e224c76d
 def _check_regdb(root):
-    "(rows, counts)"
+    "(images, counts)"
     rows, lists = set(), {}
     for trial in range(1, 11):
         for path, pid, cam, modality, split in regdb_images(root, trial):
@@ -86,18 +85,17 @@ def _check_regdb(root):
     counts = {"identities": len(both), **{f"{m} images": len(t[t.modality == m]) for m in MODALITIES},
               "identities with 10 + 10 images": int((both == 10).all(axis=1).sum()),
               "complete lists": sum(n == 2060 for n in lists.values())}
-    return rows, counts | {name: n for name, n in lists.items() if n != 2060}
+    return t, counts | {name: n for name, n in lists.items() if n != 2060}
 
 def _check_llcm(root):
-    "(rows, counts)"
-    rows = llcm_images(root)
-    t = _frame(rows)
+    "(images, counts)"
+    t = _frame(llcm_images(root))
     counts = {"images": len(t), "identities": t.pid.nunique()}
     for s in "train", "test":
         of = t[t.split == s]
         counts[f"{s} identities"] = of.pid.nunique()
         counts |= {f"{s}, {m} images": len(of[of.modality == m]) for m in MODALITIES}
-    return rows, counts
+    return t, counts
 
 # %% ../../nbs/53_dataset_checker.ipynb #0bf67d47
 def _walk(folder):
@@ -108,7 +106,7 @@ def _walk(folder):
         elif entry.is_dir() and not here.is_relative_to(os.path.realpath(entry.path)):
             yield from _walk(entry.path)
 
-# %% ../../nbs/53_dataset_checker.ipynb #dc9785e9
+# %% ../../nbs/53_dataset_checker.ipynb #a7d5f1fd
 def _ended(data):
     "Whether a JPEG or PNG has its end; other kinds do not say."
     if data[:2] != b"\xff\xd8": return data[:2] == b"\x89P" and b"IEND" in data[-64:]
@@ -121,7 +119,7 @@ def _check_image(file, deep):
     "A `UserError` if an image cannot be used; decoded if its end is missing or unmarked, or if `deep`."
     data = _read_bytes(file)
     _open_image(file, io.BytesIO(data))
-    if deep or not _ended(data): decode(data, file=file)
+    if deep or not _ended(data): _decode(data, file)
     if data[:2] == b"\xff\xd8" and not _ended(data):
         raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
 
@@ -163,7 +161,7 @@ def _table(counts, expected):
     t = pd.DataFrame(known, columns=["what", "expected", "found"], dtype=object)
     return t.assign(ok=[want in (None, n) for _, want, n in known])
 
-# %% ../../nbs/53_dataset_checker.ipynb #b56c9fe5
+# %% ../../nbs/53_dataset_checker.ipynb #7861faff
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
@@ -180,17 +178,16 @@ def verify(
     with collect() as problems, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         dataset_root(root, *FOLDERS[name])
-        rows, counts = {"sysu": _check_sysu, "regdb": _check_regdb, "llcm": _check_llcm}[name](root)
+        t, counts = {"sysu": _check_sysu, "regdb": _check_regdb, "llcm": _check_llcm}[name](root)
         checks = _table(counts, {} if benchmark else EXPECTED[name])
         if name == "sysu" and not benchmark:
-            if permutations: _by_permutations(root, _frame(rows), permutations)
-            else: _by_numbers(root, _frame(rows))
-        images, known = {f.relative_to(root).as_posix() for f in _walk(root)}, {row[0] for row in rows}
+            if permutations: _by_permutations(root, t, permutations)
+            else: _by_numbers(root, t)
+        images, known = {f.relative_to(root).as_posix() for f in _walk(root)}, set(t.path)
         for path in sorted(images - known) if _listing(root / "idx") is not None else ():
             complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
     files = sorted(images | known)  # a list may name what a walk does not take for an image
-    what = "decode" if deep else "headers"
-    problems += _in_parallel(lambda i: _check_image(root / files[i], deep), len(files), what, workers)
+    problems += _in_parallel(lambda i: _check_image(root / files[i], deep), len(files), "verify", workers)
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")

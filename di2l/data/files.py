@@ -121,11 +121,10 @@ def _parsed(path, parse):
     except Exception as e: return complain(f"{path}: is no split file as distributed ({e!r}); {AGAIN}") or ()
     return found if any(found) else complain(f"{path}: lists nothing; {AGAIN}") or ()
 
-# %% ../../nbs/52_dataset_files.ipynb #34e29895
-def _words(data, mat):
-    "Of a text file, or in the variable `id` of a .mat file."
+# %% ../../nbs/52_dataset_files.ipynb #044221b1
+def _mat_ids(data):
+    "The variable `id` of a .mat file, as text."
     from scipy.io import loadmat
-    if not mat: return re.findall(r"[^,\s]+", data.decode("utf-8-sig"))
     return [str(i).removesuffix(".0") for i in loadmat(io.BytesIO(data))["id"].ravel()]
 
 def read_ids(
@@ -133,24 +132,23 @@ def read_ids(
 ):         # identities, sorted
     "The identities of a split."
     path, ids = Path(path), set()
-    for word in _parsed(path, lambda data: _words(data, path.suffix == ".mat")):
+    text = lambda data: re.findall(r"[^,\s]+", data.decode("utf-8-sig"))
+    for word in _parsed(path, _mat_ids if path.suffix == ".mat" else text):
         if re.fullmatch(r"\d{1,18}", word): ids.add(int(word))
         else: complain(f"{path}: {word!r} is no identity; expected whole numbers, such as 6,10,17")
     return sorted(ids)
 
-# %% ../../nbs/52_dataset_files.ipynb #7d87bab2
-def _split_file(root, name):
-    "`exp/<name>_id.txt`, or the `.mat` where that alone is there."
-    text, mat = (root / f"exp/{name}_id.{kind}" for kind in ("txt", "mat"))
-    return mat if os.path.exists(mat) and not os.path.exists(text) else text
-
+# %% ../../nbs/52_dataset_files.ipynb #e1919ff4
 def sysu_splits(
     root,  # of SYSU-MM01
     seen,  # set of (identity, modality) on disk
 ):         # {identity: split}
     "The official split."
     both = {pid for pid, _ in seen if {(pid, "visible"), (pid, "infrared")} <= seen}
-    split, files = {}, {s: _split_file(root, s) for s in ("train", "val", "test")}
+    split, files = {}, {s: root / f"exp/{s}_id.txt" for s in ("train", "val", "test")}
+    for s, file in files.items():
+        mat = file.with_suffix(".mat")
+        if os.path.exists(mat) and not os.path.exists(file): files[s] = mat
     if not os.path.exists(files["val"]): del files["val"]
     for s, pid in ((s, pid) for s, file in files.items() for pid in read_ids(file)):
         if pid in split: complain(f"{files[s]}: identity {pid} is in {split[pid]}_id too; correct one")
@@ -158,12 +156,11 @@ def sysu_splits(
         else: split[pid] = s
     return split if "val" in files else {p: "val" for p in both} | split
 
-# %% ../../nbs/52_dataset_files.ipynb #e31c3b27
-def _lines(data): return [line.strip() for line in data.decode("utf-8-sig").splitlines()]
-
+# %% ../../nbs/52_dataset_files.ipynb #953e8f57
 def _pairs(file):
     "(folder, image, label) of each line that makes sense."
-    for number, line in enumerate(_parsed(file, _lines), 1):
+    lines = lambda data: [line.strip() for line in data.decode("utf-8-sig").splitlines()]
+    for number, line in enumerate(_parsed(file, lines), 1):
         path, _, label = line.replace("\\", "/").rpartition(" ")
         parts = PurePosixPath(path.strip()).parts
         if not line: continue

@@ -30,31 +30,25 @@ def draw_gallery(
     place = np.arange(len(order)) - starts[np.cumsum(new) - 1]               # within identity and camera
     return np.sort(candidates.index.to_numpy()[order[place < shots]])
 
-# %% ../../nbs/74_permutations.ipynb #6822f9a4
+# %% ../../nbs/74_permutations.ipynb #b1010a3b
 _SOURCE = "rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)"
-
-def _check_order(path, camera, pid, order):
-    "An entry has to be empty, or rows that are permutations of 1…n."
-    n = order.shape[1] if order.ndim == 2 else 0
-    if order.ndim == 2 and (np.sort(order, axis=1) == np.arange(1, n + 1)).all(): return
-    hint = "; it counts from 0" if order.size and np.min(order) == 0 else ""
-    raise UserError(f"{path}: camera {camera}, identity {pid}: expected rows that are permutations of "
-                    f"1…{n}, found {order.ravel()[:6]} …{hint}; get {_SOURCE}")
 
 def read_permutations(
     path,  # `rand_perm_cam.mat` of SYSU-MM01's authors
 ):         # [camera − 1][identity − 1] → permutations of 1…n, `(trials, n)`
     "The official gallery draws."
     from scipy.io import loadmat
-    if not os.path.exists(path): raise UserError(f"{path}: not found; get {_SOURCE}")
     try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(os.fspath(path))["rand_perm_cam"]]
     except Exception as e:
         raise UserError(f"{path}: is not the official rand_perm_cam.mat ({e!r}); get {_SOURCE}") from None
     for camera, people in enumerate(table, 1):
-        for pid, order in enumerate(people, 1): _check_order(path, camera, pid, np.asarray(order))
+        for pid, order in enumerate(people, 1):
+            if order.ndim == 2 and (np.sort(order) == np.arange(1, order.shape[1] + 1)).all(): continue
+            raise UserError(f"{path}: camera {camera}, identity {pid}: found {order.ravel()[:6]} …, expected "
+                            f"rows that are permutations of 1…{order.shape[-1]}; get {_SOURCE}")
     return table
 
-# %% ../../nbs/74_permutations.ipynb #687ba5e1
+# %% ../../nbs/74_permutations.ipynb #c56d276e
 def official_galleries(
     candidates,    # table to choose from: pid, cam, frame
     shots,         # images of each identity and camera
@@ -70,7 +64,6 @@ def official_galleries(
         if n != len(frames) or (frames != np.arange(1, n + 1)).any():
             raise UserError(f"camera {cam}, identity {pid}: frames {frames[:6].tolist()} …; the "
                             f"official permutations are of {n}; check the data")
-        if trials > len(order):
-            raise UserError(f"{trials} trials; the official permutations have {len(order)}")
+        if trials > len(order): raise UserError(f"{trials} trials; official permutations have {len(order)}")
         for t in range(trials): chosen[t].append(group.index.to_numpy()[order[t, :shots].astype(int) - 1])
     return [np.sort(np.concatenate(rows)) for rows in chosen]

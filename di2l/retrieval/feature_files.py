@@ -35,17 +35,7 @@ def read_features(
     if modality.shape == (N,): return features, pd.DataFrame({**table, "modality": modality})
     raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
 
-# %% ../../nbs/67_feature_files.ipynb #0c688429
-def _with_modality(records, protocol):
-    "The records with a modality that is known."
-    if "modality" not in records:
-        if protocol == "llcm" or not records["cam"].isin([1, 2]).all():
-            raise UserError("the features come without modality, and cam does not tell it; "
-                            "add modality (N): 'visible' or 'infrared'")
-        records = records.assign(modality=np.where(records["cam"] == 2, "infrared", "visible"))
-    for modality in records["modality"].unique(): one_of(MODALITIES, modality=modality)
-    return records
-
+# %% ../../nbs/67_feature_files.ipynb #9f04f6d6
 def feature_protocols(
     records,            # table of a feature file
     protocol="sysu",    # sysu, regdb or llcm
@@ -65,12 +55,17 @@ def feature_protocols(
         _check_sysu_cameras(records["cam"].to_numpy(), "camera")
         direction = direction or "infrared→visible"
         return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction)]
-    records = _with_modality(records, protocol)
+    if "modality" not in records:
+        if protocol == "llcm" or not records["cam"].isin([1, 2]).all():
+            raise UserError("the features come without modality, and cam does not tell it; "
+                            "add modality (N): 'visible' or 'infrared'")
+        records = records.assign(modality=np.where(records["cam"] == 2, "infrared", "visible"))
+    for modality in records["modality"].unique(): one_of(MODALITIES, modality=modality)
     directions = [direction] if direction else ["infrared→visible", "visible→infrared"]
     if protocol == "regdb": return [regdb_protocol(records, d) for d in directions]
     return [llcm_protocol(records, d, seed, trials) for d in directions]
 
-# %% ../../nbs/67_feature_files.ipynb #53159fb8
+# %% ../../nbs/67_feature_files.ipynb #1b4f661f
 def evaluate_files(
     query,               # `.npz` of the queries
     gallery,             # `.npz` of the gallery
@@ -82,9 +77,9 @@ def evaluate_files(
     import pandas as pd
     (q, q_table), (g, g_table) = read_features(query), read_features(gallery)
     check_both(q, g, metric)
-    rule, rows = None if skip in (None, "none") else skip, np.arange(len(q) + len(g))
     about = dict(dataset="any", query=Path(query).name, gallery=Path(gallery).name, skip=skip or "none")
-    plan, table = Protocol(rows[:len(q)], [rows[len(q):]], rule, about), pd.concat([q_table, g_table])
+    rows = np.split(np.arange(len(q) + len(g)), [len(q)])
+    plan, table = Protocol(rows[0], rows[1:], about["skip"], about), pd.concat([q_table, g_table])
     return evaluate_protocol(np.concatenate([q, g]), table, plan, metric, compare)
 
 # %% ../../nbs/67_feature_files.ipynb #56dd5821

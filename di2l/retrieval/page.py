@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search_run', 'retrieval_page']
 
-# %% ../../nbs/65_retrieval_page.ipynb #e52feeec
+# %% ../../nbs/65_retrieval_page.ipynb #211adf62
 import base64, io, os
 from html import escape
 from pathlib import Path
@@ -14,21 +14,20 @@ import numpy as np
 import torch
 
 from ..console import UserError, one_of, whole
-from ..data.cache import read_image
+from ..data.cache import _read_image
 from ..data.files import _is_image
 from ..eval import skipped_by
 from ..files import write_whole
 from .features import distances, extract_features, _run_dataset
 from .search import search
 
-# %% ../../nbs/65_retrieval_page.ipynb #8c6a931c
+# %% ../../nbs/65_retrieval_page.ipynb #cddf1032
 def _pictures(path, modality):
     "A table of images that belong to no dataset: one image, or all below a folder."
     import pandas as pd
     path = Path(path)
-    if not path.exists(): raise UserError(f"{path}: no such file or folder")
     found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p.name))
-    if not found: raise UserError(f"{path}: there are no images in this folder")
+    if not found: raise UserError(f"{path}: no such file or folder, or no image in it")
     return pd.DataFrame({"path": [str(p.absolute()) for p in found], "modality": modality})
 
 class _Files:
@@ -36,7 +35,7 @@ class _Files:
     def __init__(self, paths, size): self.paths, self.size = paths.to_numpy(), size
 
     def __getitem__(self, rows):
-        found = np.stack([read_image(self.paths[r], self.size) for r in rows])
+        found = np.stack([_read_image(self.paths[r], self.size) for r in rows])
         return torch.from_numpy(found).permute(0, 3, 1, 2)
 
 # %% ../../nbs/65_retrieval_page.ipynb #94ca39e8
@@ -69,23 +68,7 @@ def _retrieve(net, query, gallery, k, size, metric="euclidean", skip=None, flip=
     if "pid" in query and "pid" in gallery: table["right"] = table["pid"] == table["query_pid"]
     return table
 
-# %% ../../nbs/65_retrieval_page.ipynb #2a8b0477
-def _search_tables(run, query, gallery, modality, other, root, limit):
-    "Network, image size, query and gallery tables, and the skip rule that fits them."
-    from di2l.runs.folder import load_network
-    net, info = load_network(run)
-    config, test = info["config"], None
-    if query is None or gallery is None:
-        data = _run_dataset(config, root)
-        test = data.test.assign(path=[str(data.root / p) for p in data.test["path"]])
-    tables = [_pictures(path, m) if path else test[test["modality"] == m].reset_index(drop=True)
-              for path, m in ((query, modality), (gallery, other))]
-    if query is None:
-        some = np.linspace(0, len(tables[0]) - 1, min(limit, len(tables[0]))).astype(int)
-        tables[0] = tables[0].iloc[np.unique(some)].reset_index(drop=True)
-    own = query is None and gallery is None and config["dataset"] in ("sysu", "llcm")
-    return net, tuple(config["size"]), tables, config["dataset"] if own else None
-
+# %% ../../nbs/65_retrieval_page.ipynb #e9db5f30
 def search_run(
     run,                    # folder of a finished training run
     query=None,             # image or folder; None: the run's own test images of that modality
@@ -100,13 +83,25 @@ def search_run(
     device=None,            # None: CUDA where there is one
 ):                          # table: query, rank, distance, path, query_path; where known pid, cam, right
     "Find the gallery images that look most like a query."
+    from di2l.runs.folder import load_network
     other = gallery_modality or ("visible" if modality == "infrared" else "infrared")
     one_of(("infrared", "visible"), modality=modality, gallery_modality=other)
     whole(1, k=k, limit=limit)
-    net, size, tables, skip = _search_tables(run, query, gallery, modality, other, root, limit)
-    return _retrieve(net, *tables, k, size, metric, skip, flip, device)
+    net, info = load_network(run)
+    config, tables, skip = info["config"], [], None
+    for path, kind in ((query, modality), (gallery, other)):
+        if path: tables.append(_pictures(path, kind))
+        else:
+            data = _run_dataset(config, root)
+            test = data.test[data.test["modality"] == kind].reset_index(drop=True)
+            tables.append(test.assign(path=[str(data.root / p) for p in test["path"]]))
+    if not query:
+        some = np.linspace(0, len(tables[0]) - 1, min(limit, len(tables[0]))).astype(int)
+        tables[0] = tables[0].iloc[np.unique(some)].reset_index(drop=True)
+        if not gallery and config["dataset"] in ("sysu", "llcm"): skip = config["dataset"]
+    return _retrieve(net, *tables, k, tuple(config["size"]), metric, skip, flip, device)
 
-# %% ../../nbs/65_retrieval_page.ipynb #56405d85
+# %% ../../nbs/65_retrieval_page.ipynb #6d1b6e63
 _STYLE = """body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em }
 section { display: flex; flex-wrap: wrap; gap: .6em; margin: 1em 0; align-items: flex-start }
 figure { margin: 0; width: 84px; font-size: 11px; border: 4px solid #aaa; overflow-wrap: anywhere }
@@ -122,7 +117,7 @@ def _card(kind, row, of, *words):
     from PIL import Image
     known = [f"{name} {row[of + name]}" for name in ("pid", "cam") if of + name in row]
     path, data = row[of + "path"], io.BytesIO()
-    image = Image.fromarray(read_image(path))
+    image = Image.fromarray(_read_image(path))
     image.thumbnail((150, 150))
     image.save(data, "JPEG", quality=85)
     source = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RANGES', 'read_benchmark', 'write_benchmark']
 
-# %% ../../nbs/62_benchmark.ipynb #03eb2592
-import io, json, multiprocessing, os, shutil, sys, tempfile
+# %% ../../nbs/62_benchmark.ipynb #65718cfb
+import io, json, multiprocessing, os, sys, tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
@@ -19,14 +20,20 @@ from ..files import read_json, sha256
 from .people import _stream
 from .sensors import LAYOUTS, PRESETS, VERSION, Settings, render
 
-# %% ../../nbs/62_benchmark.ipynb #4cc240d7
+# %% ../../nbs/62_benchmark.ipynb #0130cd48
 RANGES = dict(height=(32, 1024), width=(16, 512), identities=(2, 9000), val_identities=(1, 8999),
               test_identities=(2, 9000), images=(1, 1000), test_visible=(1, 1000), test_infrared=(1, 1000),
               missing=(0, .5), correlation=(0, 1), ir_noise=(0, 20), ir_resolution=(.1, 1), heading=(0, 180),
               nuisance=(0, 3), occlusion=(0, 1), quality=(1, 95))
 
-def _checked(s):
-    "The `Settings`, or a `UserError` if they cannot be."
+def _settings_for(preset, **knobs):
+    "A preset with changes: the `Settings`, or a `UserError` if they cannot be."
+    one_of(PRESETS, preset=preset)
+    types = field_types(Settings)
+    for name, value in knobs.items():
+        one_of(types, knob=name)
+        knobs[name] = read_value(name, value, *types[name])
+    s = replace(PRESETS[preset], **knobs)
     for name, ends in RANGES.items(): between(*ends, **{name: getattr(s, name)})
     one_of(LAYOUTS, layout=s.layout)
     if s.layout == "sysu":
@@ -36,15 +43,6 @@ def _checked(s):
         raise UserError("in RegDB anybody may fall into either half: give equal numbers for identities and "
                         "test_identities, and for images, test_visible and test_infrared")
     return s
-
-def _settings_for(preset, **knobs):
-    "A preset with changes, checked."
-    one_of(PRESETS, preset=preset)
-    types = field_types(Settings)
-    for name, value in knobs.items():
-        one_of(types, knob=name)
-        knobs[name] = read_value(name, value, *types[name])
-    return _checked(replace(PRESETS[preset], **knobs))
 
 # %% ../../nbs/62_benchmark.ipynb #82a8227c
 def _splits(s, seed):
@@ -82,7 +80,7 @@ def _lists(s, seed):
                     for label, pid in enumerate(pids) for frame in range(1, s.images + 1))
     return texts
 
-# %% ../../nbs/62_benchmark.ipynb #98ab94f1
+# %% ../../nbs/62_benchmark.ipynb #942fa73d
 def _encode(image, name, quality):
     "The bytes of an image file; its name decides the format."
     data, kind = io.BytesIO(), "JPEG" if name.endswith(".jpg") else "BMP"
@@ -101,14 +99,6 @@ def _write_identity(folder, s, seed, job):
             (folder / name).write_bytes(data)
             done.append((name, sha256(data)))
     return done
-
-def _write_images(folder, s, seed, workers):
-    "Every image, in several processes: [(path, sha256)]."
-    jobs = [(pid, name == "test") for name, pids in _splits(s, seed).items() for pid in pids]
-    write = partial(_write_identity, folder, s, seed)
-    if workers == 1: return list(chain.from_iterable(map(write, progress(jobs, "people", unit="id"))))
-    with multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn").Pool(workers) as pool:
-        return list(chain.from_iterable(progress(pool.imap(write, jobs, 4), "people", len(jobs), "id")))
 
 # %% ../../nbs/62_benchmark.ipynb #95c4c0e7
 def _content_digest(files):
@@ -131,17 +121,22 @@ def read_benchmark(
             raise UserError(f"{out}: its files are not those that were written; delete it and write it again")
     return found
 
-# %% ../../nbs/62_benchmark.ipynb #afabf51b
+# %% ../../nbs/62_benchmark.ipynb #c8730f34
 def _fill(folder, s, seed, about, workers):
-    "Write everything; benchmark.json comes last."
-    files, texts = _write_images(folder, s, seed, workers), _lists(s, seed)
+    "Write every image, in several processes, and the split files; benchmark.json comes last."
+    jobs = [(pid, name == "test") for name, pids in _splits(s, seed).items() for pid in pids]
+    write, context = partial(_write_identity, folder, s, seed), "fork" if sys.platform == "linux" else "spawn"
+    with multiprocessing.get_context(context).Pool(workers) if workers > 1 else nullcontext() as pool:
+        done = pool.imap(write, jobs, 4) if pool else map(write, jobs)
+        files = list(chain.from_iterable(progress(done, "people", len(jobs), "id")))
+    texts = _lists(s, seed)
     content = _content_digest(files + [(name, sha256(text)) for name, text in texts.items()])
     texts["benchmark.json"] = json.dumps({**about, "images": len(files), "content": content}, indent=1) + "\n"
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
-# %% ../../nbs/62_benchmark.ipynb #1f20ef21
+# %% ../../nbs/62_benchmark.ipynb #bb381ae9
 def _is_there(out, about):
     "True: the very same is there; False: free to write; else a `UserError`."
     if not out.is_dir() and (out.exists() or out.is_symlink()):
@@ -155,16 +150,7 @@ def _is_there(out, about):
     if have == found["images"]: return True
     raise UserError(f"{out}: has {have} images of {found['images']}; delete the folder and write it again")
 
-def _give_name(folder, out, about):
-    "A folder that is whole takes its name."
-    folder.chmod(0o755)
-    try: folder.rename(out)                                                  # over an empty folder too
-    except OSError:                       # a mount point, or Windows; unless another process was faster
-        if _is_there(out, about): return
-        for name in sorted(os.listdir(folder), key="benchmark.json".__eq__): # last, for it says: all is there
-            shutil.move(folder / name, out / name)
-
-# %% ../../nbs/62_benchmark.ipynb #e03a2a95
+# %% ../../nbs/62_benchmark.ipynb #8c74a280
 def write_benchmark(
     out,               # folder to be written; its parents are made
     preset="default",  # name in `PRESETS`
@@ -185,7 +171,10 @@ def write_benchmark(
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(".part", f".{place.name}.", place.parent, True) as folder:
             _fill(Path(folder), s, seed, about, workers)
-            _give_name(Path(folder), place, about)
+            Path(folder).chmod(0o755)
+            try: Path(folder).rename(place)                                  # over an empty folder too
+            except OSError:
+                if not _is_there(place, about): raise                        # another process was faster
     except OSError as e:
         raise UserError(f"{out}: {e.strerror or e}; give a folder that can be written to, with room") from e
     return out

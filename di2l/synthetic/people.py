@@ -103,7 +103,7 @@ def _draw_heat(rng, wear, rgb, correlation):
     sun[:, [SKIN, HAIR]] = 0
     return heat + sun
 
-# %% ../../nbs/60_people.ipynb #8c131d99
+# %% ../../nbs/60_people.ipynb #80d839de
 @lru_cache(512)
 def _draw_person(seed, pid, correlation):
     "The identity `pid` of benchmark `seed`, as in the table above; negative ones are passers-by."
@@ -123,8 +123,8 @@ def _draw_person(seed, pid, correlation):
     if not wear.contrast:                                                    # sleeves as the rest
         pattern[SLEEVE], rgb[:, SLEEVE], nir[:, SLEEVE] = pattern[UPPER], rgb[:, UPPER], nir[:, UPPER]
         if pattern[UPPER, 0] in (LOGO, BLOCK): pattern[SLEEVE, 0] = PLAIN
-    heat = _draw_heat(rng, wear, rgb, correlation)
-    return SimpleNamespace(size=size, wear=wear, rgb=rgb, nir=nir, heat=heat, pattern=pattern)
+    return SimpleNamespace(size=size, wear=wear, rgb=rgb, nir=nir, pattern=pattern,
+                           heat=_draw_heat(rng, wear, rgb, correlation))
 
 # %% ../../nbs/60_people.ipynb #1f04958a
 PLACES = np.linspace(0, 1, 65)  # along a part, where its width is kept
