@@ -161,7 +161,7 @@ def _table(counts, expected):
     t = pd.DataFrame(known, columns=["what", "expected", "found"], dtype=object)
     return t.assign(ok=[want in (None, n) for _, want, n in known])
 
-# %% ../../nbs/53_dataset_checker.ipynb #7861faff
+# %% ../../nbs/53_dataset_checker.ipynb #6790c922
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
@@ -173,8 +173,7 @@ def verify(
     one_of(FOLDERS, dataset=name)
     root = Path(root).expanduser()
     _listing(root)  # a closed folder is no report
-    made = [f"{n}.json" for n in ("benchmark", "standin") if os.path.isfile(root / f"{n}.json")]
-    benchmark = "benchmark.json" in made                                 # whose counts are its own
+    benchmark = os.path.isfile(root / "benchmark.json")                  # whose counts are its own
     with collect() as problems, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         dataset_root(root, *FOLDERS[name])
@@ -191,5 +190,6 @@ def verify(
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")
-    notes += [f"{file}: a program made these images; this is not the dataset itself" for file in made]
+    notes += [f"{file}: a program made these images; this is not the dataset itself"
+              for file in ("benchmark.json", "standin.json") if os.path.isfile(root / file)]
     return Report(name, root, checks, list(dict.fromkeys(problems)), notes)

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['draw_gallery', 'read_permutations', 'official_galleries']
 
-# %% ../../nbs/74_permutations.ipynb #9e7f80b1
-import os
-
+# %% ../../nbs/74_permutations.ipynb #66860523
 import numpy as np
 
 from ..console import UserError
 
-# %% ../../nbs/74_permutations.ipynb #b4e5d767
+# %% ../../nbs/74_permutations.ipynb #53bb7543
 def draw_gallery(
     candidates,  # table to choose from: pid, cam, and frame where there is one
     shots,       # images of each identity and camera
@@ -20,17 +18,13 @@ def draw_gallery(
     trial,       # 0, 1, …
 ):               # rows, sorted
     "`shots` images of each identity and camera at random, all where there are fewer."
-    pid, cam = candidates.pid.to_numpy(), candidates.cam.to_numpy()
-    drawn = np.empty(len(pid))
+    drawn = np.empty(len(candidates))
     line = np.lexsort([candidates[k].to_numpy() for k in ("frame", "pid", "cam") if k in candidates])
-    drawn[line] = np.random.default_rng((seed, trial)).random(len(pid))
-    order = np.lexsort((drawn, cam, pid))
-    new = np.r_[True, (np.diff(pid[order]) != 0) | (np.diff(cam[order]) != 0)]
-    starts = np.flatnonzero(new)
-    place = np.arange(len(order)) - starts[np.cumsum(new) - 1]               # within identity and camera
-    return np.sort(candidates.index.to_numpy()[order[place < shots]])
+    drawn[line] = np.random.default_rng((seed, trial)).random(len(line))
+    near = candidates.assign(drawn=drawn).sort_values("drawn").groupby(["pid", "cam"]).head(shots)
+    return np.sort(near.index.to_numpy())
 
-# %% ../../nbs/74_permutations.ipynb #b1010a3b
+# %% ../../nbs/74_permutations.ipynb #0129e802
 _SOURCE = "rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)"
 
 def read_permutations(
@@ -38,7 +32,7 @@ def read_permutations(
 ):         # [camera − 1][identity − 1] → permutations of 1…n, `(trials, n)`
     "The official gallery draws."
     from scipy.io import loadmat
-    try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(os.fspath(path))["rand_perm_cam"]]
+    try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(path)["rand_perm_cam"]]
     except Exception as e:
         raise UserError(f"{path}: is not the official rand_perm_cam.mat ({e!r}); get {_SOURCE}") from None
     for camera, people in enumerate(table, 1):

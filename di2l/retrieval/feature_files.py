@@ -98,7 +98,7 @@ def pool_trials(
         pooled.append(Result([t for r in rs for t in r.trials], rs[0].about | trial))
     return pooled
 
-# %% ../../nbs/67_feature_files.ipynb #7d85ad53
+# %% ../../nbs/67_feature_files.ipynb #68c84af4
 def report(
     results,  # list of `Result`
 ):            # text of one table
@@ -106,10 +106,8 @@ def report(
     import pandas as pd
     from dataclasses import replace
     shared = {k: v for k, v in results[0].about.items() if all(r.about.get(k) == v for r in results)}
-    rows = []
-    for r in results:
-        own = {k: v for k, v in r.about.items() if k not in shared and v not in (None, False)}
-        rows.append({**own, **r.row(), "queries": r.metrics.num_queries})
+    rows = [{**{k: v for k, v in r.about.items() if k not in shared and v not in (None, False)},
+             **r.row(), "queries": r.metrics.num_queries} for r in results]
     table = pd.DataFrame(rows).fillna("").to_string(index=False)
     return f"{replace(results[0], about=shared).title()}\n{table}"
 
@@ -117,5 +115,4 @@ def results_json(
     results,  # list of `Result`
 ):            # dict of plain numbers
     "What `--json` writes."
-    first = results[0].to_dict()
-    return first if len(results) == 1 else {**first, "results": [r.to_dict() for r in results]}
+    return results[0].to_dict() | ({"results": [r.to_dict() for r in results]} if len(results) > 1 else {})

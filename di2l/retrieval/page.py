@@ -101,16 +101,15 @@ def search_run(
         if not gallery and config["dataset"] in ("sysu", "llcm"): skip = config["dataset"]
     return _retrieve(net, *tables, k, tuple(config["size"]), metric, skip, flip, device)
 
-# %% ../../nbs/65_retrieval_page.ipynb #6d1b6e63
+# %% ../../nbs/65_retrieval_page.ipynb #966bd627
 _STYLE = """body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em }
 section { display: flex; flex-wrap: wrap; gap: .6em; margin: 1em 0; align-items: flex-start }
 figure { margin: 0; width: 84px; font-size: 11px; border: 4px solid #aaa; overflow-wrap: anywhere }
 .right { border-color: #2a9d3a } .wrong { border-color: #d33 } .query { border-color: #333 }
 body:has(#right:checked) .wrong, body:has(#wrong:checked) .right { display: none } img { width: 100% }"""
 
-_BUTTONS = """show <label><input type="radio" name="show" checked>all</label>
-<label><input type="radio" name="show" id="right">right</label>
-<label><input type="radio" name="show" id="wrong">wrong</label>"""
+_BUTTONS = "show " + " ".join(f'<label><input type="radio" name="show" id="{kind}">{kind}</label>'
+                              for kind in ("all", "right", "wrong"))
 
 def _card(kind, row, of, *words):
     "One image with what is known of it; its columns begin with `of`."
@@ -125,14 +124,15 @@ def _card(kind, row, of, *words):
     text = "<br>".join(map(escape, [*words, *known]))
     return f'<figure class="{kind}" title="{escape(path)}">{image}<figcaption>{text}</figcaption></figure>'
 
-# %% ../../nbs/65_retrieval_page.ipynb #f81642b2
+# %% ../../nbs/65_retrieval_page.ipynb #f0c43fc6
 def retrieval_page(
     table,              # what `search_run` gave
     out,                # HTML file to write
     title="Retrieval",  # heading
 ):                      # path of the file
     "One self-contained HTML page: each query with its ranked results."
-    body = [f"<h1>{escape(title)}</h1>", _BUTTONS]
+    body = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>',
+            f"<style>{_STYLE}</style><h1>{escape(title)}</h1>{_BUTTONS}"]
     for _, hits in table.groupby("query", sort=True):
         rows = hits.to_dict("records")
         body += ["<section>", _card("query", rows[0], "query_", "query")]
@@ -140,6 +140,5 @@ def retrieval_page(
             kind = {True: "right", False: "wrong"}.get(row.get("right"), "unknown")
             body.append(_card(f"result {kind}", row, "", f"{row['rank']}: {row['distance']:.4f}", kind))
         body.append("</section>")
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{_STYLE}</style>'
-    write_whole(out, "\n".join(["<!doctype html>", f'<html lang="en">{head}', *body]))
+    write_whole(out, "\n".join(body))
     return Path(out)

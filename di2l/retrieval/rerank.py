@@ -5,14 +5,11 @@
 # %% auto #0
 __all__ = ['after_steps']
 
-# %% ../../nbs/64_rerank.ipynb #367c581d
-import warnings
-
+# %% ../../nbs/64_rerank.ipynb #f21e5ec5
 import numpy as np
 
 from ..console import UserError, whole
 from .features import distances
-from .checks import as_array
 
 # %% ../../nbs/64_rerank.ipynb #5f6b7528
 def _expand_queries(query, gallery, k=3, alpha=3.0, metric="euclidean", skipped=None):
@@ -26,7 +23,7 @@ def _expand_queries(query, gallery, k=3, alpha=3.0, metric="euclidean", skipped=
     joined = np.asarray(query, float) + (weight[..., None] * np.asarray(gallery, float)[nearest]).sum(1)
     return joined / (1 + weight.sum(1, keepdims=True))
 
-# %% ../../nbs/64_rerank.ipynb #ffd4c2e4
+# %% ../../nbs/64_rerank.ipynb #ade46651
 def _nearest(near, k, value):
     "`value` at the first `k` of each image's nearest `(N,K)`: sparse `(N,N)`."
     from scipy import sparse
@@ -58,19 +55,18 @@ def _jaccard(V, Q):
     return 1 - shared / (2 - shared)
 
 def _ask_for_memory(Q, N):
-    "Say what re-ranking will hold; refuse what does not fit."
+    "A `UserError` if what re-ranking holds does not fit."
     import psutil
     needed, free = (16 * N**2 + 24 * Q * N) / 2**30, psutil.virtual_memory().available / 2**30
-    words = f"re-ranking {N:,} images holds {needed:,.1f} GB of distances"
-    if needed > free: raise UserError(f"{words}, and {free:,.1f} GB are free; leave it out, or rank fewer")
-    if needed > 1: warnings.warn(words)
+    if needed > free: raise UserError(f"re-ranking {N:,} images holds {needed:,.1f} GB of distances, and "
+                                      f"{free:,.1f} GB are free; leave it out, or rank fewer")
 
-# %% ../../nbs/64_rerank.ipynb #537addef
+# %% ../../nbs/64_rerank.ipynb #3fb83618
 def _k_reciprocal(query, gallery, k1=20, k2=6, weight=0.3, metric="euclidean"):
     "Re-ranked distances `(Q,G)` of features: size of the neighbourhood, neighbours averaged over, λ."
     from scipy import sparse
     whole(1, k1=k1, k2=k2)
-    Q, x = len(query), np.concatenate([as_array(query), as_array(gallery)])
+    Q, x = len(query), np.concatenate([query, gallery])
     N, k2 = len(x), min(k2, len(x))
     _ask_for_memory(Q, N)
     d = distances(x, x, metric)
