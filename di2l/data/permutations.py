@@ -24,7 +24,7 @@ def draw_gallery(
     near = candidates.assign(drawn=drawn).sort_values("drawn").groupby(["pid", "cam"]).head(shots)
     return np.sort(near.index.to_numpy())
 
-# %% ../../nbs/74_permutations.ipynb #0129e802
+# %% ../../nbs/74_permutations.ipynb #5d51c798
 _SOURCE = "rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)"
 
 def read_permutations(
@@ -32,7 +32,7 @@ def read_permutations(
 ):         # [camera − 1][identity − 1] → permutations of 1…n, `(trials, n)`
     "The official gallery draws."
     from scipy.io import loadmat
-    try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(path)["rand_perm_cam"]]
+    try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(str(path))["rand_perm_cam"]]
     except Exception as e:
         raise UserError(f"{path}: is not the official rand_perm_cam.mat ({e!r}); get {_SOURCE}") from None
     for camera, people in enumerate(table, 1):
