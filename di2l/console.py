@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['UserError', 'suggest', 'one_of', 'between', 'whole', 'in_notebook', 'progress', 'field_types', 'read_value',
-           'command']
+           'stop_signals', 'command']
 
-# %% ../nbs/50_console.ipynb #8333a32d
-import argparse, builtins, difflib, inspect, io, math, os, signal, sys, typing, warnings
+# %% ../nbs/50_console.ipynb #a0006b91
+import argparse, builtins, difflib, errno, inspect, io, os, signal, sys, typing, warnings
 from dataclasses import fields
 from functools import wraps
 
@@ -15,63 +15,45 @@ from fastcore.docments import docments
 from fastcore.script import anno_parser
 from tqdm import tqdm
 
-# %% ../nbs/50_console.ipynb #1153df3a
+# %% ../nbs/50_console.ipynb #ad7b7e06
 class UserError(Exception):
     "A user's mistake: what was found, what was expected, what to do."
     status = 1   # what a command that ends in it leaves behind
 
-def suggest(
-    name,   # what does not exist
-    names,  # what does
-):          # such as "did you mean 'gamma'?", or all names where none is near
-    "A hint for a name that does not exist."
+def suggest(name, names):  # such as "did you mean 'gamma'?", or all names where none is near
+    "A hint for a name that is not among those that exist."
     names = [str(n) for n in names]
     near = difflib.get_close_matches(str(name), names, 1)
     return f"did you mean {near[0]!r}?" if near else "there are " + ", ".join(names)
 
-# %% ../nbs/50_console.ipynb #479c7f19
-def one_of(
-    names,    # those that exist
-    **found,  # {what it is: name}
-):
-    "A `UserError` for a name that does not exist."
+# %% ../nbs/50_console.ipynb #bcf7e708
+def one_of(names, **found):         # {what it is: name}
+    "A `UserError` for a name that is not among those that exist."
     for what, name in found.items():
         if name not in names: raise UserError(f"{what} = {name!r}; {suggest(name, names)}")
 
-def between(
-    low,      # smallest number allowed
-    high,     # largest
-    **found,  # {what it is: number}
-):
-    "A `UserError` for a number out of its range."
+def between(low, high, **found):    # {what it is: number}
+    "A `UserError` for a number below `low` or above `high`."
     for what, number in found.items():
         if not low <= number <= high:
-            wanted = f"{low} or more" if high == math.inf else f"a number from {low} to {high}"
-            raise UserError(f"{what} = {number!r}: expected {wanted}")
+            raise UserError(f"{what} = {number!r}: expected a number from {low} to {high}")
 
-def whole(
-    low,      # smallest number allowed
-    **found,  # {what it is: number}
-):
-    "A `UserError` for what is no whole number, or too small a one."
+def whole(low, **found):            # {what it is: number}
+    "A `UserError` for what is no whole number, or one below `low`."
     for what, number in found.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < low:
             raise UserError(f"{what} = {number!r}: expected a whole number, {low} or more")
 
-# %% ../nbs/50_console.ipynb #17b317d2
+# %% ../nbs/50_console.ipynb #9de96889
 class _NotebookBar(tqdm):
     "A bar in one notebook display, which closing leaves empty."
     def __init__(self, *args, **kwargs):
         from IPython.display import display
         self.handle = display({"text/plain": ""}, raw=True, display_id=True)
-        super().__init__(*args, file=io.StringIO(), mininterval=0.5, **kwargs)
+        super().__init__(*args, file=io.StringIO(), mininterval=0.5, leave=False, **kwargs)
 
     def display(self, msg=None, pos=None):
-        self.handle.update({"text/plain": msg or str(self)}, raw=True)
-
-    def close(self):
-        super().close()
-        self.handle.update({"text/plain": ""}, raw=True)
+        self.handle.update({"text/plain": str(self) if msg is None else msg}, raw=True)
 
 def in_notebook():
     "Whether a notebook's kernel runs this."
@@ -88,7 +70,7 @@ def progress(
     if in_notebook(): return _NotebookBar(items, desc=desc, total=total, unit=unit)
     return tqdm(items, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=None)
 
-# %% ../nbs/50_console.ipynb #629733d2
+# %% ../nbs/50_console.ipynb #67d1f2c0
 def field_types(
     cls,  # a dataclass
 ):        # {field: (type, whether None is allowed)}
@@ -97,22 +79,18 @@ def field_types(
     choices = {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in fields(cls)}
     return {name: (next(t for t in found if t is not none), none in found) for name, found in choices.items()}
 
-def _whole(v):
-    if isinstance(v, bool) or int(float(v)) != float(v): raise ValueError
-    return int(v)
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a name",
+           tuple: "whole numbers such as 288x144"}
 
-def _number(v):
-    if isinstance(v, bool): raise ValueError
-    return float(v)
-
-def _bool(v):
-    return v if isinstance(v, bool) else dict(true=True, yes=True, false=False, no=False)[v.lower()]
-
-def _tuple(v):
-    return tuple(_whole(x) for x in (v.strip("()").replace("x", ",").split(",") if isinstance(v, str) else v))
-
-_READERS = {int: (_whole, "a whole number"), float: (_number, "a number"), bool: (_bool, "true or false"),
-            str: (lambda v: {str: v}[type(v)], "a name"), tuple: (_tuple, "whole numbers such as 288x144")}
+def _read(value, kind):
+    "A value as one of these kinds, or one of Python's errors."
+    if kind is bool: return dict(true=True, yes=True, false=False, no=False)[str(value).lower()]
+    if kind is tuple:
+        parts = value.strip("()").replace("x", ",").split(",") if isinstance(value, str) else value
+        return tuple(_read(part, int) for part in parts)
+    if isinstance(value, bool) or (kind is str and not isinstance(value, str)): raise ValueError
+    if kind is int and float(value) % 1: raise ValueError
+    return kind(value)
 
 def read_value(
     name,      # of the field
@@ -122,12 +100,11 @@ def read_value(
 ):             # the value
     "A setting's value as its field has it."
     if optional and (value is None or str(value).lower() == "none"): return None
-    reader, wanted = _READERS.get(kind, (lambda v: v, ""))
-    try: return reader(value)
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        raise UserError(f"{name} = {value!r} is not {wanted}") from None
+    try: return _read(value, kind) if kind in _WANTED else value
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise UserError(f"{name} = {value!r} is not {_WANTED[kind]}") from None
 
-# %% ../nbs/50_console.ipynb #ae41554d
+# %% ../nbs/50_console.ipynb #5fd9321c
 def _steady(stream):
     "Output that ends no command, be it closed, without a reader, or in an encoding that lacks a character."
     stream = stream or open(os.devnull, "w")
@@ -135,12 +112,19 @@ def _steady(stream):
     def guard(do):
         def run(*args):
             try: return do(*args)
-            except BrokenPipeError:                                          # as after `| head`
+            except OSError as e:
+                if e.errno not in (errno.EPIPE, errno.EIO): raise     # after `| head`; in a terminal closed
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 return do(*args)
         return run
     stream.write, stream.flush = guard(stream.write), guard(stream.flush)
     return stream
+
+# %% ../nbs/50_console.ipynb #ac7e8c9e
+def stop_signals():
+    "SIGINT, SIGTERM, and SIGHUP where there is such a thing and it is not ignored."
+    hangup = [s for s in signal.Signals if s.name == "SIGHUP" and signal.getsignal(s) != signal.SIG_IGN]
+    return [signal.SIGINT, signal.SIGTERM, *hangup]
 
 # %% ../nbs/50_console.ipynb #e05d8b14
 def _options(words):
@@ -175,7 +159,7 @@ def _parse(main, name, tables, words):
     found = {k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}
     return {**found, **_options(rest)}
 
-# %% ../nbs/50_console.ipynb #f2ed5e39
+# %% ../nbs/50_console.ipynb #39789185
 def command(
     name,         # as it is typed
     tables=None,  # function without arguments → {title: dataclass whose fields `**changes` may name}
@@ -197,13 +181,10 @@ def _is_command(frame):
 def _run_command(main, name, tables, words):
     "Run a command, and its exit status; what goes wrong is said in one line."
     sys.stdout, sys.stderr = _steady(sys.stdout), _steady(sys.stderr)
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))              # by way of what tidies up
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
+    for s in stop_signals(): signal.signal(s, lambda number, _: sys.exit(128 + number))
     try: result = main(**_parse(main, name, tables, words))
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return getattr(e, "status", 1)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
     return result if isinstance(result, int) else 0
