@@ -12,21 +12,16 @@ from pathlib import Path
 
 from .console import UserError
 
-# %% ../nbs/51_files.ipynb #192f7fc1
-def sync_folder(
-    folder,  # whose entries are forced to the disk
-):
+# %% ../nbs/51_files.ipynb #0764d657
+def sync_folder(folder):
     "Force a folder's entries to the disk (Windows knows no such thing)."
     if os.name == "nt": return
     fd = os.open(folder, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def write_synced(
-    path,  # file, new
-    data,  # bytes
-):
-    "Write bytes and force them to the disk."
+def write_synced(path, data):
+    "Write bytes to a new file and force them to the disk."
     with open(path, "wb") as f:
         f.write(data)
         f.flush()
@@ -73,20 +68,19 @@ def locked(
         except OSError: pass                                                 # a file system without locks
         yield
 
-# %% ../nbs/51_files.ipynb #2f3701fb
+# %% ../nbs/51_files.ipynb #6ffd6285
 def read_json(
     path,  # file
     todo,  # what to do if it is damaged or not there
-):         # what it holds
-    "A JSON file; a `UserError` names it if it cannot be read."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+):         # a dict
+    "A JSON file that holds one object; a `UserError` names it if it cannot be read."
+    try: return {**json.loads(Path(path).read_text(encoding="utf-8"))}
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); {todo}") from None
-    except ValueError as e: raise UserError(f"{path}: is damaged ({e}); {todo}") from None
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"{path}: is damaged ({e}); {todo}") from None
 
-def sha256(
-    data,  # bytes or text
-):         # 64 hexadecimal digits
-    "A number for a content."
+def sha256(data):  # 64 hexadecimal digits
+    "A number for bytes or text."
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 # %% ../nbs/51_files.ipynb #90faf7cc
