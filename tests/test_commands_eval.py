@@ -1,6 +1,7 @@
 "`di2l_eval` and `di2l_search` as a shell sees them."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,19 @@ def test_an_option_that_would_do_nothing_is_refused(table, run):
         with pytest.raises(UserError, match="does nothing with"): evaluate(**given)
     for given, said in ((dict(run=str(run), shots=0), "no protocol with .*shots.*0"), (dict(features=f, seed=-1), "seed = -1"), (dict(features=f, trials=0), "trials = 0"), (dict(run="nowhere"), "not a finished run")):
         with pytest.raises(UserError, match=said): evaluate(**given)
+
+
+def test_a_wrong_key_of_config_json_is_named(run, tmp_path):
+    from di2l.commands import evaluate, search
+    shutil.copytree(run, tmp_path / "run")
+    file, whole = tmp_path / "run" / "config.json", json.loads((run / "config.json").read_text())
+    def change(part, **values): return {**whole, part: {k: v for k, v in {**whole[part], **values}.items() if v is not ...}}
+    for found, said in ((change("config", root=...), "key 'root' is missing"), (change("config", sise=1), "'sise'; did you mean 'size'"), (change("config", size="big"), "size = 'big'"),
+                        (change("method", dpaa=True), "'dpaa'; did you mean 'dpa'"), (change("method", name="dl2i"), "there are di2l"), ({**whole, "nun_ids": 3}, "did you mean 'num_ids'"),
+                        ({}, "key 'config' is missing"), ([], "is damaged")):
+        file.write_text(json.dumps(found))
+        for command in evaluate, search:
+            with pytest.raises(UserError, match=f"config.json: .*{said}"): command(run=str(tmp_path / "run"))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -69,7 +70,7 @@ train()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_command_says_so_in_its_status(words, tmp_path, number):
     words = ["--out", str(tmp_path / "run"), *words, "--steps", "9"]
     done = subprocess.run([sys.executable, "-c", STOPPED, *words], capture_output=True, text=True,
@@ -78,6 +79,31 @@ def test_a_stopped_command_says_so_in_its_status(words, tmp_path, number):
     assert f"{number.name}: stopped after step 4 of 9" in done.stderr and "--resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert shell(*words, "--resume").returncode == 0
+
+
+def test_nohup_trains_on_and_a_closed_terminal_saves(words, tmp_path):
+    "The terminal's own SIGHUP: two of them, and nothing can be written to it any more."
+    import pty
+    words = [sys.executable, "-c", STOPPED, "--out", str(tmp_path / "run"), *words, "--steps", "9"]
+    hung_up = {**ALONE, "SIGNAL": str(int(signal.SIGHUP))}
+    done = subprocess.run(["nohup", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=hung_up, text=True)
+    assert done.returncode == 0 and (tmp_path / "run" / "summary.json").exists(), done.stderr
+    words[words.index(str(tmp_path / "run"))] = str(tmp_path / "other")
+    process, terminal = pty.fork()                                            # a session of its own
+    if not process: os.execve(words[0], [*words, "--steps", "100000"], {**ALONE, "SIGNAL": "0"})
+    log = tmp_path / "other" / "log.csv"
+    for _ in range(600):
+        if log.exists() and log.read_bytes().count(b"\n") > 2: break
+        time.sleep(0.1)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    assert len(list((tmp_path / "other" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_warning_is_one_plain_line(words, tmp_path):
+    warn = "from di2l import train as T; import warnings; old = T.Run.fit\ndef fit(r): warnings.warn('odd,\\nbut well'); old(r)\nT.Run.fit = fit"
+    done = shell("--out", tmp_path / "run", *words, command=[sys.executable, "-c", f"{warn}\nfrom di2l.commands import train; train()"])
+    assert done.returncode == 0 and done.stderr == "warning: odd, but well\n"
 
 
 def test_help_names_every_option():

@@ -6,17 +6,17 @@
 __all__ = ['checkpoints', 'pack', 'save_checkpoint', 'load_checkpoint', 'remove_unfinished', 'summary', 'load_network',
            'holds_it']
 
-# %% ../../nbs/57_run_folder.ipynb #2710835e
+# %% ../../nbs/57_run_folder.ipynb #3411f1ba
 import io, json, shutil, warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from ..console import UserError
+from ..console import UserError, field_types, one_of, read_value
 from ..files import read_json, sha256, sync_folder, write_synced
 from ..model import METHODS
-from .config import config_changes
+from .config import Config, check_config, config_changes
 
 # %% ../../nbs/57_run_folder.ipynb #c1b23101
 def checkpoints(folder):
@@ -76,7 +76,7 @@ def remove_unfinished(run):
     for left in Path(run).glob(".*.*.*.tmp"): left.unlink()                # `write_whole`'s
     shutil.rmtree(Path(run) / "checkpoints" / ".writing", ignore_errors=True)
 
-# %% ../../nbs/57_run_folder.ipynb #13d8c785
+# %% ../../nbs/57_run_folder.ipynb #2c70c66d
 _AGAIN = "copy it from where the run was made, or train again"
 
 def _there(path):
@@ -85,43 +85,55 @@ def _there(path):
     run = path.parent
     raise UserError(f"{path} is not there: {run} is not a finished run; di2l_train --out {run} makes one")
 
-def summary(
-    run,  # folder of a finished run
-):        # dict: steps, seconds, memory, the last step's scalars, …
-    "What `summary.json` holds."
+def summary(run):  # dict: steps, seconds, the last step's scalars, …
+    "What `summary.json` of a finished run holds."
     return read_json(_there(Path(run).expanduser() / "summary.json"), _AGAIN)
 
-def _weights(run):
-    "The tensors of `model.safetensors`, checked against the summary if there is one."
-    from safetensors.torch import load
-    path = _there(run / "model.safetensors")
-    wanted = summary(run).get("sha256") if (run / "summary.json").exists() else None
-    try: found = load(data := path.read_bytes())
-    except Exception as e: raise UserError(f"{path}: is damaged ({e}); {_AGAIN}") from None
-    if wanted in (None, sha256(data)): return found
-    raise UserError(f"{path}: is not the file that summary.json was written for (another SHA-256); {_AGAIN}")
+_KEYS = "config method num_ids dataset versions device precision processes steps".split()
 
-# %% ../../nbs/57_run_folder.ipynb #11cf8ae9
+def _values(table, cls):
+    "The values of a table as the fields of a dataclass have them; an error for a key that is no field."
+    kinds = field_types(cls)
+    for name in table: one_of(kinds, key=name)
+    return {n: read_value(n, v, *kinds[n]) for n, v in table.items()}
+
+def _info(run):
+    "What `config.json` holds, and the method that it names; a `UserError` names a key that is wrong."
+    path = _there(run / "config.json")
+    info = read_json(path, _AGAIN)
+    try:
+        for name in info: one_of(_KEYS, key=name)
+        given, settings = {**info["config"]}, {**info["method"]}
+        for name in ("dataset", "root", "trial", "size", "hold_out"): given[name]
+        check_config(Config(**_values(given, Config)))
+        one_of(METHODS, name=(name := settings.pop("name")))
+        if {**info["method"], **given.get("settings", {})} != info["method"]:
+            raise UserError("method is not what settings say")
+        if "weights" in settings: settings["weights"] = None              # they are overwritten at once
+        return info, METHODS[name](**_values(settings, METHODS[name]))
+    except (UserError, KeyError, TypeError, ValueError) as e:
+        odd = f"key {e} is missing" if isinstance(e, KeyError) else e
+        raise UserError(f"{path}: is damaged or of another version ({odd}); {_AGAIN}") from None
+
+# %% ../../nbs/57_run_folder.ipynb #fec4d359
 def load_network(
     run,  # folder of a finished run
 ):        # network in evaluation mode on the CPU, and what `config.json` holds
     "The network of a finished run; a `UserError` says what is missing or does not fit."
+    from safetensors.torch import load
     run = Path(run).expanduser()
-    info, weights = read_json(_there(run / "config.json"), _AGAIN), _weights(run)
-    try:
-        settings = dict(info["method"])
-        name = settings.pop("name")
-        if "weights" in settings: settings["weights"] = None              # they are overwritten at once
-        net = METHODS[name](**settings).network(info["num_ids"])
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{run}/config.json: is damaged or of another version ({e!r}); {_AGAIN}") from None
-    try: net.load_state_dict(weights)
-    except RuntimeError as e:
-        raise UserError(f"{run}/model.safetensors is of another network than its config.json "
-                        f"({str(e).splitlines()[-1].strip()}); restore the run's own pair of files") from None
+    (info, method), path = _info(run), _there(run / "model.safetensors")
+    data = path.read_bytes()
+    wanted = summary(run).get("sha256") if (run / "summary.json").exists() else None
+    if wanted not in (None, sha256(data)):
+        raise UserError(f"{path}: is not the file that summary.json was written for; {_AGAIN}")
+    try: (net := method.network(info["num_ids"])).load_state_dict(load(data))
+    except Exception as e:
+        raise UserError(f"{path}: is damaged, or of another network than config.json "
+                        f"({str(e).splitlines()[-1].strip()}); {_AGAIN}") from None
     return net.eval(), info
 
-# %% ../../nbs/57_run_folder.ipynb #c024e9fc
+# %% ../../nbs/57_run_folder.ipynb #bb1a81b4
 def holds_it(
     run,     # run folder, there or not
     c,       # `Config` of the run that is to be trained there
@@ -133,6 +145,6 @@ def holds_it(
         raise UserError(f"{run} holds a run already; resume it (--resume), or take another folder")
     if not done: return False
     summary(run)                                                           # it must be readable
-    odd = config_changes(read_json(run / "config.json", _AGAIN)["config"], asdict(c))
+    odd = config_changes(_info(run)[0]["config"], asdict(c))
     if odd: raise UserError(f"{run} holds another run: {'; '.join(odd)}; take another folder")
     return True

@@ -6,7 +6,7 @@
 __all__ = ['Interrupted', 'NonFinite', 'Signals', 'draws', 'random_states', 'set_random_states', 'choose_precision',
            'make_accelerator', 'from_all', 'fix_arithmetic', 'keep_freed_memory', 'recompute_blocks']
 
-# %% ../../nbs/59_process.ipynb #af438a96
+# %% ../../nbs/59_process.ipynb #c4e4c570
 import functools, os, random, signal, threading, warnings
 from contextlib import contextmanager, nullcontext
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..console import UserError
+from ..console import UserError, stop_signals
 
-# %% ../../nbs/59_process.ipynb #4054bd0e
+# %% ../../nbs/59_process.ipynb #86fe5aa8
 class Interrupted(UserError):
     "A run was asked to stop and has saved itself: `Interrupted(name of the signal, what to do)`."
     def __str__(self): return ": ".join(self.args)
@@ -28,20 +28,20 @@ class NonFinite(UserError):
     "A loss or a gradient is NaN or infinite."
 
 class Signals:
-    "Remembers SIGINT and SIGTERM instead of dying of them; the second one kills."
+    "Remembers the signals that ask a process to stop instead of dying of them; the second one kills."
     caught = None   # name of the first signal
 
     def __enter__(self):
         main = threading.current_thread() is threading.main_thread()      # no other thread may set handlers
-        self.old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        self.old = {s: signal.signal(s, self._note) for s in stop_signals()} if main else {}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.old.items(): signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.caught = signal.Signals(number).name
-        self.__exit__()
+        self.caught = self.caught or signal.Signals(number).name
+        if signal.Signals(number).name != "SIGHUP": self.__exit__()
 
 # %% ../../nbs/59_process.ipynb #a087bce9
 def draws(*key):
