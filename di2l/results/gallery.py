@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_gallery', 'gallery_on_record', 'read_gallery']
 
-# %% ../../nbs/70_gallery.ipynb #63a902fb
+# %% ../../nbs/70_gallery.ipynb #de959124
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ..console import UserError
+from ..data.cache import read_image
 from ..eval import evaluate_protocol, llcm_protocol, regdb_protocol, skip_rule, sysu_protocol
 from ..files import read_json, write_whole
 from .record import part_attention, record_path, tidy
@@ -77,18 +78,9 @@ def _pixel_attention(net, images, records, rows):
     wide = {k: round((len(found[0]) * W / H) ** 0.5) for k, found in maps.items()}
     return dict(maps=maps, sizes={k: [len(maps[k][0]) // w, w] for k, w in wide.items()})
 
-# %% ../../nbs/70_gallery.ipynb #fa4590bb
-def write_gallery(
-    name,               # of the files
-    record,             # of the run; its identity goes along
-    net,                # trained network
-    dataset,            # `Dataset`
-    images,             # `ImageCache`
-    features,           # `(N,D)`, aligned with the records
-    results="results",  # folder of the records
-    top=10,             # images a query
-):
-    "`results/galleries/NAME.png`, `NAME.json` and `NAME-pixel-attention.json`."
+# %% ../../nbs/70_gallery.ipynb #ea98fb1f
+def write_gallery(name, record, net, dataset, images, features, results="results", top=10):
+    "`results/galleries/NAME….png`, `.json`: what the queries of a recorded run find, `top` images each."
     from PIL import Image
     records, rows, directions, across = dataset.records, [], {}, 1 + top
     for direction in ("infrared→visible", "visible→infrared"):
@@ -110,24 +102,24 @@ def write_gallery(
         _write(pixels, dict(identity=record["identity"], network="the one on record", tiles=tiles, **found))
     _write(content, text)                                              # last: a gallery without it is none
 
-# %% ../../nbs/70_gallery.ipynb #af586a3a
+# %% ../../nbs/70_gallery.ipynb #01b1b2cb
 _AGAIN = "delete it; `make results` makes it again"
 
 def gallery_on_record(name, results="results"):
     "Whether an experiment's gallery is there, and of the run that is on record."
     sheet, text, record = *_files(name, results)[:2], record_path(name, 0, 0, results)
     if not all(path.exists() for path in (sheet, text, record)): return False
-    return read_json(text, _AGAIN)["identity"] == read_json(record, _AGAIN)["identity"]
+    return read_json(text, _AGAIN).get("identity") == read_json(record, _AGAIN).get("identity")
 
-def read_gallery(
-    name,               # of an experiment in `GALLERIES`
-    results="results",  # folder of the records
-):                      # what `write_gallery` wrote about it, and its `tiles` `(T,H,W,3)`
+def read_gallery(name, results="results"):  # what `write_gallery` wrote, and its `tiles` `(T,H,W,3)`
     "A gallery on record; a `UserError` if there is none, or a stale one."
-    from PIL import Image
     sheet, text, _ = _files(name, results)
     if not gallery_on_record(name, results):
         raise UserError(f"{text} is {'stale' if text.exists() else 'not there'}; `make results` makes it")
-    H, W = (gallery := read_json(text, _AGAIN))["size"]
-    tiles = np.asarray(Image.open(sheet)).reshape(-1, H, gallery["across"], W, 3).swapaxes(1, 2)
-    return dict(gallery, tiles=tiles.reshape(-1, H, W, 3))
+    gallery, pixels = read_json(text, _AGAIN), read_image(sheet)
+    try:
+        H, W = gallery["size"]
+        tiles = pixels.reshape(-1, H, gallery["across"], W, 3).swapaxes(1, 2).reshape(-1, H, W, 3)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{text}: is damaged; {_AGAIN}") from None
+    return dict(gallery, tiles=tiles)
