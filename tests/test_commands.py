@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from di2l.commands import _form, _runs
+from scipy.io import savemat
+
+from di2l.commands import _form, _runs, evaluate
 from di2l.console import UserError
 
 BIN = Path(sys.executable).parent
@@ -61,6 +63,37 @@ def test_permutations_that_are_nowhere_are_said(tmp_path):
         features(tmp_path)
         done = shell(line, tmp_path)
         assert done.returncode == 1 and "nowhere.mat: no such file" in done.stderr, line
+
+
+def permutations(folder, change=lambda order: order):
+    "A file like the authors' for `features`, with a change in one of its entries."
+    rng, table = np.random.default_rng(0), np.empty((6, 1), object)
+    for cam in range(6):
+        table[cam, 0] = np.empty((6, 1), object)
+        for pid in range(6): table[cam, 0][pid, 0] = np.array([rng.permutation(4) + 1 for _ in range(10)], float)
+    table[3, 0][2, 0] = change(table[3, 0][2, 0])
+    savemat(folder / "perm.mat", {"rand_perm_cam": table})
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda order: order - 1, "camera 4, identity 3.* it counts from 0"), (lambda order: order + 0.5, "camera 4, identity 3: expected rows that are permutations"),
+    (lambda order: np.maximum(order, 2), "camera 4, identity 3: expected rows that are permutations"), (lambda order: order[:, :3], "camera 4, identity 3: expected|identity 3")])
+def test_permutations_are_what_the_authors_file_must_be(tmp_path, change, said):
+    features(tmp_path)
+    permutations(tmp_path)
+    asked = dict(features=tmp_path / "mine.npz", permutations=tmp_path / "perm.mat")
+    evaluate(**asked)
+    permutations(tmp_path, change)
+    with pytest.raises(UserError, match=said): evaluate(**asked)
+
+
+@pytest.mark.parametrize("change", [dict(pid=lambda pid: pid - 1), dict(pid=lambda pid: -pid), dict(frame=lambda frame: np.maximum(frame, 2)), dict(frame=lambda frame: frame - 1)], ids=["pid 0", "negative", "twice", "from 0"])
+def test_identities_and_frames_are_what_the_permutations_count(tmp_path, change):
+    features(tmp_path)
+    permutations(tmp_path)
+    table = dict(np.load(tmp_path / "mine.npz"))
+    np.savez(tmp_path / "odd.npz", **{k: change.get(k, lambda v: v)(v) for k, v in table.items()})
+    with pytest.raises(UserError, match="frame|identit|pid"): evaluate(features=tmp_path / "odd.npz", permutations=tmp_path / "perm.mat")
 
 
 def test_a_run_counts_once_and_may_have_a_comma(tmp_path, monkeypatch):

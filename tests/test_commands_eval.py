@@ -41,6 +41,27 @@ def test_an_option_that_would_do_nothing_is_refused(table, run):
         with pytest.raises(UserError, match=said): evaluate(**given)
 
 
+def test_another_dataset_of_the_same_name_is_not_scored(run, tiny, tmp_path, monkeypatch):
+    "A run that was trained on `data`, asked from a folder with a `data` of its own, and from one with none."
+    from di2l.commands import evaluate
+    from di2l.data.cache import cache_images
+    from di2l.retrieval.features import data_digest
+    from di2l.synthetic.benchmark import write_benchmark
+    shutil.copytree(run, tmp_path / "run")
+    about = json.loads((run / "config.json").read_text())
+    about["config"]["root"], about["dataset"] = "data", dict(digest=data_digest(tiny[0], cache_images(tiny[0], (96, 48))))
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    places = {name: tmp_path / name for name in ("right", "wrong", "none")}
+    for place in places.values(): place.mkdir()
+    shutil.copytree(tiny[0].root, places["right"] / "data")
+    write_benchmark(places["wrong"] / "data", preset="tiny", seed=5)
+    for place, said in (("right", None), ("wrong", "data has changed since this run was trained"), ("none", "is no folder seen from here; give --root")):
+        monkeypatch.chdir(places[place])
+        if not said: evaluate(run=tmp_path / "run", device="cpu")
+        else:
+            with pytest.raises(UserError, match=said): evaluate(run=tmp_path / "run", device="cpu")
+
+
 def test_a_wrong_key_of_config_json_is_named(run, tmp_path):
     from di2l.commands import evaluate, search
     shutil.copytree(run, tmp_path / "run")

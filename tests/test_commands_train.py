@@ -81,6 +81,14 @@ def test_a_stopped_command_says_so_in_its_status(words, tmp_path, number):
     assert shell(*words, "--resume").returncode == 0
 
 
+def test_a_log_that_was_changed_is_said(words, tmp_path):
+    words, log = ["--out", str(tmp_path / "run"), *words, "--steps", "9"], tmp_path / "run" / "log.csv"
+    subprocess.run([sys.executable, "-c", STOPPED, *words], capture_output=True, env={**ALONE, "SIGNAL": str(int(signal.SIGTERM))})
+    log.write_text(log.read_text().replace("0.00", "0.01", 1))
+    done = shell(*words, "--resume")
+    assert done.returncode == 0 and done.stderr == f"warning: {log} was changed; scalars of earlier steps may be wrong\n"
+
+
 def test_nohup_trains_on_and_a_closed_terminal_saves(words, tmp_path):
     "The terminal's own SIGHUP: two of them, and nothing can be written to it any more."
     import pty
