@@ -68,12 +68,9 @@ def locked(
         except OSError: pass                                                 # a file system without locks
         yield
 
-# %% ../nbs/51_files.ipynb #6ffd6285
-def read_json(
-    path,  # file
-    todo,  # what to do if it is damaged or not there
-):         # a dict
-    "A JSON file that holds one object; a `UserError` names it if it cannot be read."
+# %% ../nbs/51_files.ipynb #2e40df85
+def read_json(path, todo):  # a dict
+    "A JSON file that holds one object; a `UserError` names it if it cannot be read, and says what to do."
     try: return {**json.loads(Path(path).read_text(encoding="utf-8"))}
     except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror}); {todo}") from None
     except (ValueError, TypeError, RecursionError) as e:

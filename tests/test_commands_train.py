@@ -86,7 +86,7 @@ def test_a_log_that_was_changed_is_said(words, tmp_path):
     subprocess.run([sys.executable, "-c", STOPPED, *words], capture_output=True, env={**ALONE, "SIGNAL": str(int(signal.SIGTERM))})
     log.write_text(log.read_text().replace("0.00", "0.01", 1))
     done = shell(*words, "--resume")
-    assert done.returncode == 0 and done.stderr == f"warning: {log} was changed; scalars of earlier steps may be wrong\n"
+    assert done.returncode == 0 and done.stderr == f"warning: {log} was changed or cut; scalars of earlier steps are lost or wrong\n"
 
 
 def test_nohup_trains_on_and_a_closed_terminal_saves(words, tmp_path):

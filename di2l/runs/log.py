@@ -12,18 +12,16 @@ from pathlib import Path
 from ..console import UserError, in_notebook
 from ..files import sha256
 
-# %% ../../nbs/58_run_log.ipynb #e55264c8
+# %% ../../nbs/58_run_log.ipynb #dc4c890f
 class Log:
     "`log.csv` of a run, one line a step, after what a checkpoint notes of the file that is there."
     def __init__(self, out, noted=0):
         self.path = Path(out) / "log.csv"
         length, digest = noted if isinstance(noted, tuple) else (noted, None)
         kept = self.path.read_bytes()[:length] if self.path.exists() else b""
-        if len(kept) == length and digest not in (None, sha256(kept)):
-            warnings.warn(f"{self.path} was changed; scalars of earlier steps may be wrong")
-        if len(kept) < length:
-            warnings.warn(f"{self.path} was cut or lost; the scalars of earlier steps are lost")
-            kept = kept[:kept.rfind(b"\n") + 1]
+        if len(kept) < length or digest not in (None, sha256(kept)):
+            warnings.warn(f"{self.path} was changed or cut; scalars of earlier steps are lost or wrong")
+        if len(kept) < length: kept = kept[:kept.rfind(b"\n") + 1]
         with open(self.path, "ab") as f: f.truncate(len(kept))
 
     def write(self, rows):
