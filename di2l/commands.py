@@ -12,7 +12,7 @@ from pathlib import Path
 from .console import UserError, command, one_of, whole
 from .files import write_whole
 
-# %% ../nbs/68_commands.ipynb #ffbc624a
+# %% ../nbs/68_commands.ipynb #b93a61e5
 def path(text):
     "A path of the command line; `~` is the user's home."
     return Path(text).expanduser()
@@ -21,13 +21,7 @@ def _write_json(file, content):
     "Write a result, if a file was asked for."
     if file: write_whole(file, jsonlib.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-def _file(name, found, hint):
-    "A `UserError` for a file that is not there."
-    if found is not None and not found.is_file(): raise UserError(f"--{name} {found}: no such file; {hint}")
-
-_PERMUTATIONS = "SYSU-MM01's rand_perm_cam.mat is in its authors' repository, wuancong/SYSU-MM01"
-
-# %% ../nbs/68_commands.ipynb #55eadbb5
+# %% ../nbs/68_commands.ipynb #3cb49b0e
 def _knobs():
     from di2l.synthetic.sensors import Settings
     return {"knobs, over the preset's:": Settings}
@@ -58,7 +52,9 @@ def verify(
 ):
     "Check a dataset on disk: counts, split files, and every image. Exit status 1 if anything is wrong."
     from di2l.data.checker import verify
-    _file("permutations", permutations, _PERMUTATIONS)
+    from di2l.data.permutations import read_permutations
+    if permutations and dataset != "sysu": raise UserError("--permutations are SYSU-MM01's; leave them out")
+    if permutations: read_permutations(permutations)         # be it only that they are none
     report = verify(dataset, root, deep, permutations, workers)
     print(report)
     _write_json(json, report.to_json())
@@ -86,7 +82,7 @@ def train(
     run = train(config(preset, **changes), out, resume)
     if json: write_whole(json, (run / "summary.json").read_bytes())
 
-# %% ../nbs/68_commands.ipynb #699daee1
+# %% ../nbs/68_commands.ipynb #57836e5e
 _EVERY = "metric expand rerank json"
 _USES = {                                     # form of the command: options with a part in it, beside those
     "--run": "run mode shots permutations seed direction flip root device",
@@ -97,14 +93,12 @@ _USES = {                                     # form of the command: options wit
 
 def _form(given):
     "Which form of `di2l_eval` was asked for; a `UserError` for options that have no part in it."
-    run, features = given["run"], given["features"]
-    if (run is None) == (features is None):
+    if (given["run"] is None) == (given["features"] is None):
         raise UserError("give either --run RUN (a training run) or --features FILE.npz (of any program)")
-    protocol = given["protocol"] or "sysu"
-    one_of(("sysu", "regdb", "llcm"), protocol=protocol)
-    form = "--run" if run else "--gallery" if given["gallery"] else f"--protocol {protocol}"
+    one_of(("sysu", "regdb", "llcm"), protocol=(protocol := given["protocol"] or "sysu"))
+    form = "--run" if given["run"] else "--gallery" if given["gallery"] else f"--protocol {protocol}"
     for name, value in given.items():
-        if value not in (None, False) and name not in f"{_USES[form]} {_EVERY}".split():
+        if value is not None and value is not False and name not in f"{_USES[form]} {_EVERY}".split():
             raise UserError(f"--{name} does nothing with {form}; leave it out")
     return form
 
@@ -116,7 +110,7 @@ def _runs(text):
     if twice: raise UserError(f"--run names {twice[0]} twice; give each run once")
     return found
 
-# %% ../nbs/68_commands.ipynb #b1cccdad
+# %% ../nbs/68_commands.ipynb #6b986cc7
 @command("di2l_eval")
 def evaluate(
     run: str = None,            # folder of a finished run; several, separated by commas, are averaged
@@ -140,36 +134,33 @@ def evaluate(
 ):
     "Evaluate a training run, or the features of any program, by the official protocol."
     given = dict(locals())
-    form = _form(given)
-    _file("permutations", permutations, _PERMUTATIONS)
-    if seed is not None: whole(0, seed=seed)
-    if trials is not None: whole(1, trials=trials)
     from di2l.retrieval.feature_files import report, results_json
-    results = _scores(form, **given)
+    results = _scores(_form(given), given)
     print(report(results))
     _write_json(json, results_json(results))
 
-# %% ../nbs/68_commands.ipynb #2b6ccb22
-def _scores(form, *, run, features, gallery, protocol, mode, shots, permutations, seed, trials, direction,
-            metric, skip, flip, expand, rerank, root, device, json):
+# %% ../nbs/68_commands.ipynb #f09791ba
+def _scores(form, given):
     "The results that one form of `di2l_eval` asks for."
     from di2l.eval import direction_of, evaluate_protocol, evaluate_run
-    from di2l.retrieval.feature_files import (
-        evaluate_files, feature_protocols, pool_trials, read_features)
+    from di2l.retrieval import feature_files as files
     from di2l.retrieval.rerank import after_steps
-    direction = direction and direction_of(direction)
-    how = dict(metric=metric, compare=after_steps(expand, rerank, metric))
+    how = dict(metric=given["metric"], compare=after_steps(given["expand"], given["rerank"], given["metric"]))
+    if form == "--gallery":
+        return [files.evaluate_files(given["features"], given["gallery"], given["skip"], **how)]
+    asked = {k: given[k] for k in "mode shots permutations seed trials direction".split()}
+    asked = {k: direction_of(v) if k == "direction" else v for k, v in asked.items() if v is not None}
+    whole(0, seed=asked.get("seed", 0))
+    whole(1, trials=asked.get("trials", 10))
     if form == "--run":
-        how |= dict(mode=mode, shots=shots, direction=direction, permutations=permutations, seed=seed or 0)
-        how |= dict(flip=flip, device=device)
-        return pool_trials([r for one in _runs(run) for r in evaluate_run(one, root, **how)])
-    if form == "--gallery": return [evaluate_files(features, gallery, skip, **how)]
-    table, records = read_features(features)
-    drawn = dict(mode=mode or "all", shots=shots or 1, seed=seed or 0, trials=trials or 10)
-    plans = feature_protocols(records, protocol or "sysu", direction, permutations=permutations, **drawn)
+        asked |= {k: given[k] for k in ("root", "flip", "device")}
+        scored = [evaluate_run(run, **how, **asked) for run in _runs(given["run"])]
+        return files.pool_trials(sum(scored, []))
+    table, records = files.read_features(given["features"])
+    plans = files.feature_protocols(records, given["protocol"] or "sysu", **asked)
     return [evaluate_protocol(table, records, plan, **how) for plan in plans]
 
-# %% ../nbs/68_commands.ipynb #45d5091c
+# %% ../nbs/68_commands.ipynb #3312ff80
 @command("di2l_search")
 def search(
     run: path = None,              # folder of a finished training run
@@ -189,15 +180,13 @@ def search(
     "Find the gallery images that look most like a query."
     from di2l.retrieval.page import retrieval_page, search_run
     if run is None: raise UserError("give --run RUN, the folder of a finished training run")
-    other = gallery_modality or dict(infrared="visible", visible="infrared").get(modality)
-    one_of(("infrared", "visible"), modality=modality, gallery_modality=other)
-    whole(1, k=k, limit=limit)
-    table = search_run(run, query, gallery, modality, other, k, limit, metric, flip, root, device)
+    table = search_run(run, query, gallery, modality, gallery_modality, k, limit, metric, flip, root, device)
     print(table.groupby("query", sort=True).head(5).to_string(index=False))
     if json: write_whole(json, table.to_json(orient="records", indent=1, force_ascii=False))
+    other = gallery_modality or dict(infrared="visible", visible="infrared")[modality]
     if html: retrieval_page(table, html, f"{modality} → {other}")
 
-# %% ../nbs/68_commands.ipynb #2f91258e
+# %% ../nbs/68_commands.ipynb #edbf2082
 @command("di2l_experiments")
 def experiments(
     what: str,                   # make missing records; status of the plan; readme, to write its numbers anew
@@ -220,12 +209,30 @@ def experiments(
     if json: write_whole(json, table.to_json(orient="records"))
     if failed: raise UserError(f"{len(failed)} runs failed: " + "; ".join(f"{n}: {e}" for n, e in failed))
 
+# %% ../nbs/68_commands.ipynb #9422e7e3
 @command("di2l_reproduce")
 def reproduce(
-    data: path = "data",  # folder of the benchmarks
-    runs: path = "runs",  # folder of the training runs
-    json: path = None,    # write the outcome there
+    data: path = "data",                  # folder of the benchmarks
+    runs: path = "runs",                  # folder of the training runs
+    results: path = "results",            # folder of the records
+    figures: path = "figures/reproduce",  # where its figures go
+    json: path = None,                    # write the outcome there
 ):
     "Write the embedded benchmark, train DI2L on it, evaluate it, draw."
-    from di2l.results.readme import reproduce
-    _write_json(json, reproduce(data, runs))
+    import pandas as pd
+    from di2l.experiments import recorded, run
+    from di2l.results import figures as draw, gallery, statistics
+    from di2l.runs.log import plot_log
+    again = Path(runs) / "reproduce"
+    outcome = run("di2l", data=data, runs=again, results=again, keep=True)
+    shown = {"this run": outcome, "on record": recorded("di2l", results=results)}
+    rows = [dict(protocol=p, run=what, **{k: 100 * m[key] for k, key in statistics.METRICS.items()})
+            for what, record in shown.items() if record for p, m in record["metrics"].items()]
+    print(pd.DataFrame(rows).to_string(index=False, float_format="%.1f"))
+    plots = dict(cmc=draw.draw_cmc(outcome), curves=plot_log(pd.DataFrame(outcome["curve"])))   # in one style
+    tiles = gallery.read_gallery("di2l", again)
+    plots |= {f"retrieval_{d.replace('→', '_to_')}": draw.draw_grid(tiles, d) for d in tiles["directions"]}
+    for name, fig in plots.items(): draw.save_figure(fig, name, folder=figures)
+    print(f"record, network and log: {again}; figures: {figures}/ {', '.join(plots)}")
+    _write_json(json, outcome)
+    return outcome

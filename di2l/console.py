@@ -44,7 +44,7 @@ def whole(low, **found):            # {what it is: number}
         if isinstance(number, bool) or not isinstance(number, int) or number < low:
             raise UserError(f"{what} = {number!r}: expected a whole number, {low} or more")
 
-# %% ../nbs/50_console.ipynb #9de96889
+# %% ../nbs/50_console.ipynb #2d040dc1
 class _NotebookBar(tqdm):
     "A bar in one notebook display, which closing leaves empty."
     def __init__(self, *args, **kwargs):
@@ -60,20 +60,13 @@ def in_notebook():
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return type(shell).__name__ == "ZMQInteractiveShell"
 
-def progress(
-    items=None,  # what to go through, or None to call `.update(n)`
-    desc="",     # what is going on
-    total=None,  # number of items, where `items` does not say
-    unit="it",   # what one item is
-):               # iterable and context manager with `.update(n)` and `.set_postfix_str(text)`
+def progress(items=None, desc="", total=None, unit="it"):  # tqdm's, to go through or to `.update(n)`
     "A progress bar where somebody is looking: a terminal or a notebook; silent elsewhere."
     if in_notebook(): return _NotebookBar(items, desc=desc, total=total, unit=unit)
     return tqdm(items, desc=desc, total=total, unit=unit, leave=False, dynamic_ncols=True, disable=None)
 
-# %% ../nbs/50_console.ipynb #67d1f2c0
-def field_types(
-    cls,  # a dataclass
-):        # {field: (type, whether None is allowed)}
+# %% ../nbs/50_console.ipynb #9381d184
+def field_types(cls):  # {field: (type, whether None is allowed)}
     "What each field of a dataclass holds."
     hints, none = typing.get_type_hints(cls), type(None)
     choices = {f.name: typing.get_args(hints[f.name]) or (hints[f.name],) for f in fields(cls)}
@@ -92,13 +85,8 @@ def _read(value, kind):
     if kind is int and float(value) % 1: raise ValueError
     return kind(value)
 
-def read_value(
-    name,      # of the field
-    value,     # text, or already what it should be
-    kind,      # int, float, bool, str or tuple; anything else is taken as it is
-    optional,  # whether None is allowed
-):             # the value
-    "A setting's value as its field has it."
+def read_value(name, value, kind, optional):  # the value
+    "A setting's value, text or not, as a field of this kind has it; of other kinds it is taken as it is."
     if optional and (value is None or str(value).lower() == "none"): return None
     try: return _read(value, kind) if kind in _WANTED else value
     except (ValueError, TypeError, KeyError, OverflowError):
@@ -145,7 +133,7 @@ def _fields_help(tables):
         lines += ["", title, *(f"  --{f.name} {str(f.default):<10} {about.get(f.name) or ''}" for f in shown)]
     return "\n".join(lines)
 
-# %% ../nbs/50_console.ipynb #d02b1829
+# %% ../nbs/50_console.ipynb #7e3acd00
 def _parse(main, name, tables, words):
     "Arguments of `main` from the words of a command line."
     extra = [p.name for p in inspect.signature(main).parameters.values() if p.kind is p.VAR_KEYWORD]
@@ -156,14 +144,10 @@ def _parse(main, name, tables, words):
     if tables and {"-h", "--help"} & set(words): parser.epilog = _fields_help(tables())
     found, rest = parser.parse_known_args(words)
     if rest and not extra: parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    found = {k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}
-    return {**found, **_options(rest)}
+    return {**{k: v for k, v in vars(found).items() if k not in ("pdb", "xtra")}, **_options(rest)}
 
-# %% ../nbs/50_console.ipynb #39789185
-def command(
-    name,         # as it is typed
-    tables=None,  # function without arguments → {title: dataclass whose fields `**changes` may name}
-):                # a decorator
+# %% ../nbs/50_console.ipynb #62ed940c
+def command(name, tables=None):  # a decorator; tables() → {title: dataclass of what `**changes` may name}
     "A function as a command: one line for a user's mistake, exit status 0 only on success."
     def decorate(main):
         @wraps(main)

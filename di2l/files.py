@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .console import UserError
 
-# %% ../nbs/51_files.ipynb #0764d657
+# %% ../nbs/51_files.ipynb #7cad1fd4
 def sync_folder(folder):
     "Force a folder's entries to the disk (Windows knows no such thing)."
     if os.name == "nt": return
@@ -27,11 +27,8 @@ def write_synced(path, data):
         f.flush()
         os.fsync(f.fileno())
 
-def write_whole(
-    path,  # file; its folders are made
-    data,  # text or bytes
-):
-    "Replace a file in one go."
+def write_whole(path, data):
+    "Replace a file by text or bytes in one go; its folders are made."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -43,7 +40,7 @@ def write_whole(
         raise
     sync_folder(path.parent)
 
-# %% ../nbs/51_files.ipynb #a86858d8
+# %% ../nbs/51_files.ipynb #91be8686
 def _hold(fd, wait):
     "Lock an open file; `BlockingIOError` or `PermissionError` if another process has it."
     try: import fcntl
@@ -53,12 +50,8 @@ def _hold(fd, wait):
     else: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 @contextmanager
-def locked(
-    path,               # of the lock's file, made if need be
-    wait=True,          # for another process to let go; False: a `UserError`
-    busy="is in use",   # what the error says of the file's folder
-):
-    "Hold a lock inside the `with`."
+def locked(path, wait=True, busy="is in use"):
+    "Hold the lock of a file inside the `with`; without `wait` an error says that its folder is `busy`."
     try: fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     except OSError as e: raise UserError(f"{path}: cannot be opened as a lock ({e}); remove it") from None
     with open(fd, "rb+"):

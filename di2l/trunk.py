@@ -5,45 +5,31 @@
 # %% auto #0
 __all__ = ['BACKBONES', 'build_trunk']
 
-# %% ../nbs/55_trunk.ipynb #7aa1ec2a
-from pathlib import Path
-
+# %% ../nbs/55_trunk.ipynb #025844f8
 import torch
 from torch import nn
 
 from .console import UserError, one_of
 
-# %% ../nbs/55_trunk.ipynb #54d46838
+# %% ../nbs/55_trunk.ipynb #a4e41699
 BACKBONES = ("resnet50", "resnet34", "resnet18", "resnet10")
 
-def _resnet10(width=32):
+def _resnet10(weights=None, width=32):
     "A narrow residual network of torchvision's basic blocks; `width` channels in the stem and in stage 1."
     from torchvision.models.resnet import BasicBlock
-    net, channels = nn.Module(), width
+    net = nn.Module()
     net.conv1, net.bn1 = nn.Conv2d(3, width, 5, 2, 2, bias=False), nn.BatchNorm2d(width)
     net.relu, net.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
     for stage in range(4):
-        out, stride, shortcut = width << stage, 1 + (stage > 0), None
-        if channels != out:
-            shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
-        setattr(net, f"layer{stage + 1}", nn.Sequential(BasicBlock(channels, out, stride, shortcut)))
-        channels = out
+        before, out, stride = width << max(stage - 1, 0), width << stage, 1 + (stage > 0)
+        cut = [nn.Conv2d(before, out, 1, stride, bias=False), nn.BatchNorm2d(out)] if stage else []
+        block = BasicBlock(before, out, stride, nn.Sequential(*cut) if cut else None)
+        setattr(net, f"layer{stage + 1}", nn.Sequential(block))
     for m in net.modules():
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
 
-# %% ../nbs/55_trunk.ipynb #28e4feb1
-def _pretrained(name):
-    "torchvision's network with its ImageNet weights, or a `UserError` that says how to get them."
-    import torchvision
-    try: return getattr(torchvision.models, name)(weights="IMAGENET1K_V1")
-    except Exception as e:
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
-        raise UserError(
-            f"ImageNet weights of {name} could not be had ({type(e).__name__}: {e}). Connect this machine to "
-            f"the network once, or copy torchvision's file into {folder}, or train from scratch: weights=None"
-        ) from None
-
+# %% ../nbs/55_trunk.ipynb #565dc8a6
 def build_trunk(
     backbone="resnet50",  # one of `BACKBONES`
     weights=None,         # "imagenet", or None for a random start
@@ -52,10 +38,13 @@ def build_trunk(
     import torchvision
     one_of(BACKBONES, backbone=backbone)
     one_of((None, "imagenet"), weights=weights)
-    if backbone == "resnet10":
-        if weights: raise UserError("resnet10 has no ImageNet weights; take weights=None or resnet18, …, 50")
-        net = _resnet10()
-    else: net = _pretrained(backbone) if weights else getattr(torchvision.models, backbone)(weights=None)
+    if weights and backbone == "resnet10": raise UserError("resnet10 has no ImageNet weights; take None")
+    make = dict(resnet10=_resnet10).get(backbone) or getattr(torchvision.models, backbone)
+    try: net = make(weights=weights and "IMAGENET1K_V1")
+    except Exception as e:
+        raise UserError(f"ImageNet weights of {backbone} could not be had ({type(e).__name__}: {e}). Connect "
+                        f"this machine to the network once, or copy torchvision's file into "
+                        f"{torch.hub.get_dir()}/checkpoints, or train from scratch: weights=None") from None
     first = net.layer4[0]
     (first.conv2 if hasattr(first, "conv3") else first.conv1).stride = (1, 1)
     first.downsample[0].stride = (1, 1)

@@ -62,7 +62,7 @@ def test_permutations_that_are_nowhere_are_said(tmp_path):
     for line in ("di2l_verify sysu . --permutations nowhere.mat", "di2l_eval --features mine.npz --permutations nowhere.mat"):
         features(tmp_path)
         done = shell(line, tmp_path)
-        assert done.returncode == 1 and "nowhere.mat: no such file" in done.stderr, line
+        assert done.returncode == 1 and "nowhere.mat: not found" in done.stderr, line
 
 
 def permutations(folder, change=lambda order: order):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from di2l import experiments as X
-from di2l.results.readme import fill_readme, reproduce
+from di2l.commands import reproduce
+from di2l.results.readme import fill_readme
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +26,7 @@ def test_reproduce_end_to_end(tmp_path, monkeypatch, capsys):
     args = dict(data=tmp_path / "data", runs=tmp_path / "runs", results=ROOT / "results", figures=tmp_path / "figures")
     first = reproduce(**args)
     printed = capsys.readouterr().out
-    assert all(p in printed for p in first["metrics"]) and "rank1" in printed
+    assert all(p in printed for p in first["metrics"]) and "rank-1" in printed and "on record" not in printed
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.png")}
     assert {"curves.png", "cmc.png", "retrieval_infrared_to_visible.png"} <= drawn.keys()
     monkeypatch.setattr(X, "train", lambda *a, **k: pytest.fail("trained again"))

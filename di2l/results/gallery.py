@@ -102,7 +102,7 @@ def write_gallery(name, record, net, dataset, images, features, results="results
         _write(pixels, dict(identity=record["identity"], network="the one on record", tiles=tiles, **found))
     _write(content, text)                                              # last: a gallery without it is none
 
-# %% ../../nbs/70_gallery.ipynb #01b1b2cb
+# %% ../../nbs/70_gallery.ipynb #6ebb2908
 _AGAIN = "delete it; `make results` makes it again"
 
 def gallery_on_record(name, results="results"):

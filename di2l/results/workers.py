@@ -10,7 +10,7 @@ import os, pickle, signal, subprocess, sys, threading, time
 
 from ..runs.process import Interrupted
 
-# %% ../../nbs/77_workers.ipynb #09b5dfa8
+# %% ../../nbs/77_workers.ipynb #74920bf3
 def _start(job, threads):
     "A process that does one job with at most so many threads."
     command = [sys.executable, "-c", "from di2l.results.workers import _work; _work()"]
@@ -22,18 +22,16 @@ def _start(job, threads):
     p.stdin.flush()                             # and left open
     return p
 
-def _until_parent_ends():
-    "Stop this process once nobody holds the other end of its input."
-    os.read(0, 1)
-    os.kill(os.getpid(), signal.SIGTERM)
-
 def _work():
     "What such a process does: its job, in silence; the error, if there is one, is all that it says."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))          # by way of what tidies up
     sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")
+    def until_parent_ends():                    # and with it the other end of this process's input
+        os.read(0, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
     try:
         job = pickle.load(sys.stdin.buffer)
-        threading.Thread(target=_until_parent_ends, daemon=True).start()
+        threading.Thread(target=until_parent_ends, daemon=True).start()
         job()
     except Exception as e:
         print(f"{type(e).__name__}: {e}", file=sys.__stdout__)

@@ -18,7 +18,7 @@ from ..files import read_json, sha256, sync_folder, write_synced
 from ..model import METHODS
 from .config import Config, check_config, config_changes
 
-# %% ../../nbs/57_run_folder.ipynb #c1b23101
+# %% ../../nbs/57_run_folder.ipynb #8a4fbd09
 def checkpoints(folder):
     "Paths of the checkpoints in a folder, oldest first."
     return sorted(Path(folder).glob("step-*"))
@@ -28,13 +28,8 @@ def pack(weights):
     from safetensors.torch import save
     return save({name: w.detach().cpu().contiguous() for name, w in weights.items()})
 
-def save_checkpoint(
-    folder,   # `checkpoints` of a run, made if need be
-    step,     # of the optimiser; names the checkpoint
-    weights,  # {name: tensor}
-    state,    # dict of tensors, numbers, strings, lists and dicts
-):
-    "Write a checkpoint, whole or not at all, and drop all but the last two."
+def save_checkpoint(folder, step, weights, state):
+    "Write {name: tensor} and a dict of other things, whole or not at all; drop all but the last two."
     folder, buffer = Path(folder), io.BytesIO()
     torch.save(state, buffer)
     files = {"model.safetensors": pack(weights), "state.pt": buffer.getvalue()}
@@ -115,11 +110,9 @@ def _info(run):
         odd = f"key {e} is missing" if isinstance(e, KeyError) else e
         raise UserError(f"{path}: is damaged or of another version ({odd}); {_AGAIN}") from None
 
-# %% ../../nbs/57_run_folder.ipynb #fec4d359
-def load_network(
-    run,  # folder of a finished run
-):        # network in evaluation mode on the CPU, and what `config.json` holds
-    "The network of a finished run; a `UserError` says what is missing or does not fit."
+# %% ../../nbs/57_run_folder.ipynb #127d6d05
+def load_network(run):  # network in evaluation mode on the CPU, and what `config.json` holds
+    "The network of a finished run's folder; a `UserError` says what is missing or does not fit."
     from safetensors.torch import load
     run = Path(run).expanduser()
     (info, method), path = _info(run), _there(run / "model.safetensors")
@@ -133,13 +126,9 @@ def load_network(
                         f"({str(e).splitlines()[-1].strip()}); {_AGAIN}") from None
     return net.eval(), info
 
-# %% ../../nbs/57_run_folder.ipynb #bb1a81b4
-def holds_it(
-    run,     # run folder, there or not
-    c,       # `Config` of the run that is to be trained there
-    resume,  # whether to go on with what is there
-):           # True if it is finished, False if there is something to train
-    "Whether a folder holds a run, finished; a `UserError` if it holds one that must not be touched."
+# %% ../../nbs/57_run_folder.ipynb #0e70163d
+def holds_it(run, c, resume):  # True if it is finished, False if there is something to train
+    "Whether a folder holds the run of a `Config`, finished; a `UserError` if it must not be touched."
     done = all((run / name).exists() for name in ("model.safetensors", "summary.json"))
     if (done or checkpoints(run / "checkpoints")) and not resume:
         raise UserError(f"{run} holds a run already; resume it (--resume), or take another folder")

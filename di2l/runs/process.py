@@ -49,13 +49,12 @@ def draws(*key):
     mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> 1))
 
-# %% ../../nbs/59_process.ipynb #216fe225
+# %% ../../nbs/59_process.ipynb #43715517
 def random_states():
     "States of every global generator, as `weights_only` loads them."
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return dict(python=random.getstate(), numpy=(kind, keys.tolist(), *rest), torch=torch.get_rng_state(),
-                cuda=cuda)
+                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def set_random_states(states):
     "Put every global generator back to what `random_states` gave."
