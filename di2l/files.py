@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .console import UserError
 
-# %% ../nbs/51_files.ipynb #7cad1fd4
+# %% ../nbs/51_files.ipynb #e6d98b7d
 def sync_folder(folder):
     "Force a folder's entries to the disk (Windows knows no such thing)."
     if os.name == "nt": return
@@ -35,7 +35,8 @@ def write_whole(path, data):
     try:
         write_synced(temporary, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
         temporary.replace(path)
-    except BaseException:
+    except BaseException as e:
+        e.filename = str(path)                                               # a full disk names no file
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

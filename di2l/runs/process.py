@@ -74,7 +74,7 @@ def choose_precision(c, device):
     mkldnn = torch.backends.mkldnn.is_available()
     return "bf16" if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
-# %% ../../nbs/59_process.ipynb #9e425287
+# %% ../../nbs/59_process.ipynb #5330b5d8
 def make_accelerator(c):
     "`accelerate.Accelerator`: the device, the processes and the precision that a `Config` asks for."
     with warnings.catch_warnings():
@@ -85,8 +85,7 @@ def make_accelerator(c):
         raise UserError("device = 'cuda', but PyTorch finds no GPU here; use cpu or auto")
     cpu = c.device == "cpu" or not torch.cuda.is_available()
     precision = choose_precision(c, torch.device("cpu" if cpu else "cuda"))
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    AcceleratorState._reset_state(alone)      # a later run in this process may want another precision, device
+    AcceleratorState._reset_state(int(os.environ.get("WORLD_SIZE", 1)) == 1)    # it may not be the first run
     return Accelerator(cpu=cpu, mixed_precision="no" if precision == "fp32" else precision)
 
 def from_all(value):
