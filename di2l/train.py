@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learning_rate', 'make_optimiser', 'Run', 'train']
 
-# %% ../nbs/08_train.ipynb #f7f20c00
+# %% ../nbs/08_train.ipynb #3af148cc
 import json, math, random, time, warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from .data.records import hold_out, read_dataset
 from .files import locked, sha256, versions, write_whole
 from .methods.method import Batch, When
 from .model import METHODS
+from .retrieval.features import data_digest
 from .non_local import GAUGES, attention_blocks, read_gauges
 from .runs.batches import Batches, add_gradients, gather_rows
 from .runs.config import config_changes, show_config
@@ -153,7 +154,7 @@ def take_turn(self: _Learner, turn, factor, views=None):
     self.steppers[turn].step()
     return dict(zip([*scalars, "grad_norm"], [*(summed / c.accumulate), norm.to(summed)])), batch, rows
 
-# %% ../nbs/08_train.ipynb #ec655fcf
+# %% ../nbs/08_train.ipynb #8b497154
 @patch
 def read(self: _Learner):
     "Scalars of the steps since the last reading, a list of dicts; here the host waits for the device."
@@ -173,11 +174,12 @@ def _stop(self: _Learner, row, what):
     (epoch, within), n = divmod(row["step"], self.per_epoch), self.c.accumulate
     visible, infrared = (r[within * n:(within + 1) * n].tolist() for r in self.batches.rows(epoch))
     about = dict(row, what=what, visible_rows=visible, infrared_rows=infrared)
-    if self.rank == 0: write_whole(self.out / "nonfinite.json", json.dumps(about, indent=1))
+    about = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in about.items()}
+    if self.rank == 0: write_whole(self.out / "nonfinite.json", json.dumps(about, indent=1, allow_nan=False))
     raise NonFinite(f"step {row['step']}: {what} is not finite; nonfinite.json has the batch's rows. Try a "
                     f"lower lr (now {row['lr']:.3g}), clip=1, or precision=fp32 (now {self.precision})")
 
-# %% ../nbs/08_train.ipynb #38bc865b
+# %% ../nbs/08_train.ipynb #78ce0e85
 def _surroundings(run):
     "What may change between two processes of a run, and with it the last bits."
     return dict(processes=run.world, threads=torch.get_num_threads(), **versions())
@@ -193,7 +195,7 @@ def save(self: _Learner):
     if self.rank: return
     scaler = self.accelerator.scaler
     optimisers = {turn: o.state_dict() for turn, o in self.optimisers.items()}
-    state = dict(step=self.step, optimisers=optimisers, random=random, log=self.log.length(),
+    state = dict(step=self.step, optimisers=optimisers, random=random, log=self.log.mark(),
                  scaler=scaler.state_dict() if scaler else {}, fixed=_fixed(self), seconds=self.seconds,
                  surroundings=_surroundings(self), resumed_with=self.resumed_with)
     save_checkpoint(self.out / "checkpoints", self.step, self.network.state_dict(), state)
@@ -218,7 +220,7 @@ def load(self: _Learner):
         if self.rank == 0: warnings.warn(f"the run goes on {self.resumed_with[-1]}: last bits may differ")
     return s["log"]
 
-# %% ../nbs/08_train.ipynb #de4bf93d
+# %% ../nbs/08_train.ipynb #efa942dc
 class Run(_Learner):
     "A training run: network, optimiser, batches, and how far it is."
     def __init__(self, c, out):
@@ -231,7 +233,7 @@ class Run(_Learner):
         batches = Batches(c, method, dataset, cache, a.device, a.process_index, a.num_processes, reuse=True)
         super().__init__(c, method, batches, a)
         self.dataset, self.out, self.dead = dataset, Path(out), set()
-        self.data_digest = sha256(dataset.records.to_csv(index=False) + cache.digest)[:16]
+        self.data_digest = data_digest(dataset, cache)
 
     def _any(self, caught): return next(filter(None, from_all(caught)), None)
 

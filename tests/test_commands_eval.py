@@ -43,7 +43,7 @@ def test_an_option_that_would_do_nothing_is_refused(table, run):
 
 def test_another_dataset_of_the_same_name_is_not_scored(run, tiny, tmp_path, monkeypatch):
     "A run that was trained on `data`, asked from a folder with a `data` of its own, and from one with none."
-    from di2l.commands import evaluate
+    from di2l.commands import evaluate, search
     from di2l.data.cache import cache_images
     from di2l.retrieval.features import data_digest
     from di2l.synthetic.benchmark import write_benchmark
@@ -57,9 +57,10 @@ def test_another_dataset_of_the_same_name_is_not_scored(run, tiny, tmp_path, mon
     write_benchmark(places["wrong"] / "data", preset="tiny", seed=5)
     for place, said in (("right", None), ("wrong", "data has changed since this run was trained"), ("none", "is no folder seen from here; give --root")):
         monkeypatch.chdir(places[place])
-        if not said: evaluate(run=tmp_path / "run", device="cpu")
-        else:
-            with pytest.raises(UserError, match=said): evaluate(run=tmp_path / "run", device="cpu")
+        for command in evaluate, search:
+            if not said: command(run=tmp_path / "run", device="cpu")
+            else:
+                with pytest.raises(UserError, match=said): command(run=tmp_path / "run", device="cpu")
 
 
 def test_a_wrong_key_of_config_json_is_named(run, tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 
 from di2l.console import UserError, progress
 from di2l.data import cache as image_cache, records
-from di2l.data.cache import ImageCache, cache_images, _decode, _read_image
+from di2l.data.cache import ImageCache, cache_images, decode, read_image
 from di2l.data.checker import _check_image, verify
 from di2l.data.files import read_ids, read_list
 from di2l.data.records import SYSU_CAMERAS, IdentitySampler, class_labels, hold_out, read_dataset, read_llcm, read_regdb, read_sysu
@@ -163,7 +163,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode, ending, pixel, expected):
     file = tmp_path / f"image.{ending}"
     Image.new(mode, (10, 20), pixel).save(file)
     for size in None, (20, 10), (40, 20):
-        image = _read_image(file, size)
+        image = read_image(file, size)
         assert image.shape == (*(size or (20, 10)), 3) and image.dtype == np.uint8
         assert np.abs(image.astype(int) - expected).max() <= 2
 
@@ -171,7 +171,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode, ending, pixel, expected):
 def test_sixteen_bits_keep_their_contrast(tmp_path):
     grey = np.linspace(0, 65535, 200, dtype=np.uint16).reshape(20, 10)
     Image.fromarray(grey).save(tmp_path / "a.png")
-    assert (_read_image(tmp_path / "a.png")[..., 0] == grey >> 8).all()
+    assert (read_image(tmp_path / "a.png")[..., 0] == grey >> 8).all()
 
 
 def write(root, name, content): (root / name).write_bytes(content if isinstance(content, bytes) else content.encode()); return root / name
@@ -384,7 +384,7 @@ def test_cache_holds_what_decoding_gives(bases, tmp_path):
         batch = cache[rows]
         assert tuple(batch.shape) == (4, 3, 40, 24) and str(batch.dtype) == "torch.uint8"
         for image, row in zip(batch, rows):
-            assert (image.permute(1, 2, 0).numpy() == _read_image(bases[name] / data.records.path[row], (40, 24))).all()
+            assert (image.permute(1, 2, 0).numpy() == read_image(bases[name] / data.records.path[row], (40, 24))).all()
             assert (cache.images[row] == image.permute(1, 2, 0).numpy()).all()
         with pytest.raises(IndexError): cache[[len(data.records)]]
         again = cache.read([3, 2, 1, 0], out=batch)                           # into the memory of the batch before
@@ -397,14 +397,14 @@ def test_held_out_data_and_other_trials_use_the_same_file(bases, tmp_path):
     other = cache_images(read_regdb(bases["regdb"], 2), (40, 24), tmp_path)
     assert whole.path == held.path == other.path and len(held) == len(hold_out(data).records)
     row = len(held) - 1
-    expected = _read_image(bases["regdb"] / hold_out(data).records.path[row], (40, 24))
+    expected = read_image(bases["regdb"] / hold_out(data).records.path[row], (40, 24))
     assert (held[row][0].permute(1, 2, 0).numpy() == expected).all() and (np.array(held.images)[row] == expected).all()
 
 
 def built(monkeypatch):
     calls = []
-    real = image_cache._decode
-    monkeypatch.setattr(image_cache, "_decode", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    real = image_cache.decode
+    monkeypatch.setattr(image_cache, "decode", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
     return calls
 
 
@@ -418,7 +418,7 @@ def test_cache_is_built_once_and_again_for_a_changed_file_or_size(copy, monkeypa
     file, keep = root / data.records.path[3], (root / data.records.path[3]).stat()
     Image.fromarray(255 - np.asarray(Image.open(file))).save(file)          # same size in bytes
     os.utime(file, ns=(keep.st_atime_ns, keep.st_mtime_ns))                 # and the same time
-    assert (cache_images(data, (40, 24))[3][0].permute(1, 2, 0).numpy() == _read_image(file, (40, 24))).all()
+    assert (cache_images(data, (40, 24))[3][0].permute(1, 2, 0).numpy() == read_image(file, (40, 24))).all()
     assert len(list((root / ".di2l_cache").glob("*40x24*.npy"))) == 1, "the outdated file is removed"
 
 
@@ -446,7 +446,7 @@ def test_interrupted_build_leaves_nothing_that_looks_finished(copy, monkeypatch,
     assert not list(folder.glob("*.npz")) and not list(folder.glob("*.npy"))
     monkeypatch.setattr(image_cache, "_write_at", real)
     cache = cache_images(data, (40, 24))
-    assert (cache[5][0].permute(1, 2, 0).numpy() == _read_image(data.root / data.records.path[5], (40, 24))).all()
+    assert (cache[5][0].permute(1, 2, 0).numpy() == read_image(data.root / data.records.path[5], (40, 24))).all()
     assert not list(folder.glob("*.partial"))
 
 
@@ -841,7 +841,7 @@ def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
         for deep in False, True:
             file.write_bytes(whole[:len(whole) // 2 + 500] + bytes(len(whole) // 2 - 500))
             with pytest.raises(UserError, match="a.jpg: is truncated, for it has no end-of-image marker; copy it again|is damaged"): _check_image(file, deep)
-    assert _read_image(file).shape == (64, 32, 3), "which PIL decodes without a word"
+    assert read_image(file).shape == (64, 32, 3), "which PIL decodes without a word"
 
 
 
@@ -886,7 +886,7 @@ def test_import_is_light():
 def test_postscript_that_calls_itself_jpg_is_not_run(tmp_path):
     Image.new("RGB", (16, 32)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "person.jpg")
-    with pytest.raises(UserError, match="person.jpg: is no readable image"): _read_image(tmp_path / "person.jpg")
+    with pytest.raises(UserError, match="person.jpg: is no readable image"): read_image(tmp_path / "person.jpg")
 
 
 @pytest.mark.parametrize("error", [TypeError, NotImplementedError, RuntimeError, AttributeError, MemoryError, struct.error, KeyError, ZeroDivisionError])
@@ -897,9 +897,9 @@ def test_whatever_pil_raises_names_the_image(tmp_path, monkeypatch, error):
     def fail(*_, **__): raise error("inside")
     with monkeypatch.context() as m:
         m.setattr(ImageFile.ImageFile, "load", fail)
-        with pytest.raises(UserError, match=f"a.png: is damaged .{error.__name__}.*copy it again"): _read_image(file)
+        with pytest.raises(UserError, match=f"a.png: is damaged .{error.__name__}.*copy it again"): read_image(file)
     monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(UserError, match=f"a.png: is no readable image .{error.__name__}.*copy it again"): _read_image(file)
+    with pytest.raises(UserError, match=f"a.png: is no readable image .{error.__name__}.*copy it again"): read_image(file)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
@@ -910,14 +910,14 @@ def test_pipes_and_devices_are_refused_instead_of_waited_for(copy):
     (problem,) = verify("sysu", root).problems
     assert problem.startswith(f"{file}: cannot be read (it is no file but a folder, pipe or device)")
     with pytest.raises(UserError, match="pipe or device"): cache_images(read("sysu", root), (32, 16))
-    with pytest.raises(UserError, match="pipe or device"): _read_image("/dev/zero")
+    with pytest.raises(UserError, match="pipe or device"): read_image("/dev/zero")
     (root / "exp/test_id.txt").unlink(), os.mkfifo(root / "exp/test_id.txt")
     with pytest.raises(UserError, match="test_id.txt"): read("sysu", root)
 
 
 def test_files_too_large_for_an_image_are_refused(tmp_path):
     with open(tmp_path / "a.jpg", "wb") as f: f.truncate(300_000_000)
-    with pytest.raises(UserError, match="a.jpg: cannot be read .it has 300,000,000 bytes, far more than expected"): _read_image(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match="a.jpg: cannot be read .it has 300,000,000 bytes, far more than expected"): read_image(tmp_path / "a.jpg")
 
 
 def test_a_name_that_is_no_utf8_is_named_by_readers_and_checker(copy):

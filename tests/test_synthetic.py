@@ -17,7 +17,7 @@ from di2l.data.records import read_regdb, read_sysu
 from di2l.eval import protocols
 from di2l.synthetic import benchmark, people, sensors
 from di2l.synthetic.benchmark import _cameras_of, _splits, read_benchmark, _settings_for, write_benchmark
-from di2l.synthetic.people import _draw_colour, _stream, _draw_person
+from di2l.synthetic.people import _draw_colour, random_stream, _draw_person
 from di2l.synthetic.sensors import LAYOUTS, PRESETS, Settings, render
 
 SYSU, REGDB = LAYOUTS["sysu"], LAYOUTS["regdb"]
@@ -146,7 +146,7 @@ def test_all_knobs_are_known_and_documented():
 
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.75, 1.0])
 def test_correlation_is_that_of_infrared_with_luminance(correlation):
-    rng = _stream(0, 77)
+    rng = random_stream(0, 77)
     colours = [_draw_colour(rng) for _ in range(4000)]
     seen = np.sqrt([float((c * people.LUMINANCE).sum()) for c in colours])
     infrared = np.sqrt([people._near_infrared(c, correlation, rng) for c in colours])
@@ -182,7 +182,7 @@ def test_thermal_sees_warmth_and_a_pattern_by_the_sun_alone():
 
 def test_a_silhouette_hides_everything_but_the_outline():
     flat = replace(PRESETS["default"], silhouette=True, nuisance=0.0, occlusion=0.0, missing=0.0)
-    scene = sensors._stage(flat, 0, 1, SYSU[0], _stream(0, 5, 1, 1, 1))
+    scene = sensors._stage(flat, 0, 1, SYSU[0], random_stream(0, 5, 1, 1, 1))
     light = np.ones(len(scene.surface.pixels), np.float32)
     for name in ("rgb", "nir", "heat"):
         image = sensors._develop(scene, name, True, light, 1, np.float32(0), 0)    # nothing but bodies

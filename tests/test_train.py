@@ -346,7 +346,7 @@ def test_a_number_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch,
     monkeypatch.setitem(model.METHODS, "sick", Sick)
     c = small(method="sick", how=how)
     with pytest.raises(P.NonFinite, match=f"step 2: {term}"): T.train(c, tmp_path / "run", quiet=True)
-    note = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    note = json.loads((tmp_path / "run" / "nonfinite.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     run = T.Run(small(), tmp_path / "other")
     assert note["visible_rows"] == [run.batches.rows(0)[0][2].tolist()] and note["infrared_rows"] == [run.batches.rows(0)[1][2].tolist()]
     assert R.load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 2

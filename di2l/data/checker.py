@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import UserError, one_of
-from .cache import _decode, _in_parallel, _open_image
-from .files import AGAIN, collect, complain, dataset_root, _is_image, _listing, _read_bytes
+from .cache import decode, in_parallel, open_image
+from .files import AGAIN, collect, complain, dataset_root, is_image, list_folder, read_bytes
 from .permutations import read_permutations
 from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS
 from .records import llcm_images, regdb_images, sysu_images
@@ -101,8 +101,8 @@ def _check_llcm(root):
 def _walk(folder):
     "Paths of all images below a folder."
     here = Path(folder).resolve()
-    for entry in _listing(folder) or ():
-        if not entry.is_dir() and _is_image(entry.name): yield Path(entry.path)
+    for entry in list_folder(folder) or ():
+        if not entry.is_dir() and is_image(entry.name): yield Path(entry.path)
         elif entry.is_dir() and not here.is_relative_to(os.path.realpath(entry.path)):
             yield from _walk(entry.path)
 
@@ -117,9 +117,9 @@ def _ended(data):
 
 def _check_image(file, deep):
     "A `UserError` if an image cannot be used; decoded if its end is missing or unmarked, or if `deep`."
-    data = _read_bytes(file)
-    _open_image(file, io.BytesIO(data))
-    if deep or not _ended(data): _decode(data, file)
+    data = read_bytes(file)
+    open_image(file, io.BytesIO(data))
+    if deep or not _ended(data): decode(data, file)
     if data[:2] == b"\xff\xd8" and not _ended(data):
         raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
 
@@ -172,7 +172,7 @@ def verify(
     "Everything that is missing, unreadable, truncated or misplaced, and the counts beside those known."
     one_of(FOLDERS, dataset=name)
     root = Path(root).expanduser()
-    _listing(root)  # a closed folder is no report
+    list_folder(root)  # a closed folder is no report
     benchmark = os.path.isfile(root / "benchmark.json")                  # whose counts are its own
     with collect() as problems, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -183,10 +183,10 @@ def verify(
             if permutations: _by_permutations(root, t, permutations)
             else: _by_numbers(root, t)
         images, known = {f.relative_to(root).as_posix() for f in _walk(root)}, set(t.path)
-        for path in sorted(images - known) if _listing(root / "idx") is not None else ():
+        for path in sorted(images - known) if list_folder(root / "idx") is not None else ():
             complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
     files = sorted(images | known)  # a list may name what a walk does not take for an image
-    problems += _in_parallel(lambda i: _check_image(root / files[i], deep), len(files), "verify", workers)
+    problems += in_parallel(lambda i: _check_image(root / files[i], deep), len(files), "verify", workers)
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")

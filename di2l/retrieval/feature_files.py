@@ -13,7 +13,7 @@ import numpy as np
 from ..console import UserError, one_of
 from ..data.records import MODALITIES
 from ..eval import Protocol, Result, evaluate_protocol, llcm_protocol, regdb_protocol, sysu_protocol
-from .checks import _check_sysu_cameras, check_both, _check_features, _whole_numbers
+from .checks import check_sysu_cameras, check_both, check_features, whole_numbers
 
 # %% ../../nbs/67_feature_files.ipynb #9c7aebb9
 def read_features(
@@ -28,9 +28,9 @@ def read_features(
     except Exception as e:
         wanted = "features (N,D), pid (N), cam (N) and frame (N)"
         raise UserError(f"{path}: is no feature file ({e}); expected an .npz with {wanted}") from None
-    features = _check_features(data.pop("features"), f"{path}: features")
+    features = check_features(data.pop("features"), f"{path}: features")
     modality, N = data.pop("modality", None), len(features)
-    table = {k: _whole_numbers(v, N, f"{path}: {k}") for k, v in data.items()}
+    table = {k: whole_numbers(v, N, f"{path}: {k}") for k, v in data.items()}
     if modality is None: return features, pd.DataFrame(table)
     if modality.shape == (N,): return features, pd.DataFrame({**table, "modality": modality})
     raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
@@ -52,7 +52,7 @@ def feature_protocols(
         if "frame" not in records:
             raise UserError("the features come without frame, by which SYSU-MM01's galleries are drawn; add "
                             "frame (N): the image's number within its identity-and-camera folder, from 1")
-        _check_sysu_cameras(records["cam"].to_numpy(), "camera")
+        check_sysu_cameras(records["cam"].to_numpy(), "camera")
         direction = direction or "infrared→visible"
         return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction)]
     if "modality" not in records:

@@ -9,7 +9,7 @@ __all__ = ['attention_maps']
 import torch
 
 from ..console import UserError
-from .features import _batch_features
+from .features import batch_features
 
 # %% ../../nbs/66_looking.ipynb #60d22b1a
 @torch.inference_mode()
@@ -23,7 +23,7 @@ def attention_maps(
     if not keepers: raise UserError("this network has no attention module; train with dpa or non_local")
     for m in keepers.values(): m.keep_attention = True
     try:
-        _batch_features(net.eval(), pixels.to(next(net.parameters()).device), modality, False)
+        batch_features(net.eval(), pixels.to(next(net.parameters()).device), modality, False)
         return {name: m.attention.float().cpu() for name, m in keepers.items()}
     finally:
         for m in keepers.values(): m.keep_attention, m.attention = False, None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['search_run', 'retrieval_page']
 
-# %% ../../nbs/65_retrieval_page.ipynb #211adf62
+# %% ../../nbs/65_retrieval_page.ipynb #ddd785ff
 import base64, io, os
 from html import escape
 from pathlib import Path
@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from ..console import UserError, one_of, whole
-from ..data.cache import _read_image
-from ..data.files import _is_image
+from ..data.cache import read_image
+from ..data.files import is_image
 from ..eval import skipped_by
 from ..files import write_whole
-from .features import distances, extract_features, _run_dataset
+from .features import distances, extract_features, run_images
 from .search import search
 
 # %% ../../nbs/65_retrieval_page.ipynb #cddf1032
@@ -26,7 +26,7 @@ def _pictures(path, modality):
     "A table of images that belong to no dataset: one image, or all below a folder."
     import pandas as pd
     path = Path(path)
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _is_image(p.name))
+    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if is_image(p.name))
     if not found: raise UserError(f"{path}: no such file or folder, or no image in it")
     return pd.DataFrame({"path": [str(p.absolute()) for p in found], "modality": modality})
 
@@ -35,7 +35,7 @@ class _Files:
     def __init__(self, paths, size): self.paths, self.size = paths.to_numpy(), size
 
     def __getitem__(self, rows):
-        found = np.stack([_read_image(self.paths[r], self.size) for r in rows])
+        found = np.stack([read_image(self.paths[r], self.size) for r in rows])
         return torch.from_numpy(found).permute(0, 3, 1, 2)
 
 # %% ../../nbs/65_retrieval_page.ipynb #94ca39e8
@@ -68,7 +68,7 @@ def _retrieve(net, query, gallery, k, size, metric="euclidean", skip=None, flip=
     if "pid" in query and "pid" in gallery: table["right"] = table["pid"] == table["query_pid"]
     return table
 
-# %% ../../nbs/65_retrieval_page.ipynb #e9db5f30
+# %% ../../nbs/65_retrieval_page.ipynb #0011b3ea
 def search_run(
     run,                    # folder of a finished training run
     query=None,             # image or folder; None: the run's own test images of that modality
@@ -92,7 +92,7 @@ def search_run(
     for path, kind in ((query, modality), (gallery, other)):
         if path: tables.append(_pictures(path, kind))
         else:
-            data = _run_dataset(config, root)
+            data, _ = run_images(info, root)
             test = data.test[data.test["modality"] == kind].reset_index(drop=True)
             tables.append(test.assign(path=[str(data.root / p) for p in test["path"]]))
     if not query:
@@ -116,7 +116,7 @@ def _card(kind, row, of, *words):
     from PIL import Image
     known = [f"{name} {row[of + name]}" for name in ("pid", "cam") if of + name in row]
     path, data = row[of + "path"], io.BytesIO()
-    image = Image.fromarray(_read_image(path))
+    image = Image.fromarray(read_image(path))
     image.thumbnail((150, 150))
     image.save(data, "JPEG", quality=85)
     source = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"

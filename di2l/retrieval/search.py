@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from ..console import progress, whole
-from .checks import as_array, check_both, _check_features
-from .features import _vectors, torch_device
+from .checks import as_array, check_both, check_features
+from .features import as_vectors, torch_device
 
 # %% ../../nbs/63_search.ipynb #1a73bee7
-def _tensor(features, metric): return torch.from_numpy(_vectors(features, metric))
+def _tensor(features, metric): return torch.from_numpy(as_vectors(features, metric))
 
 def _exact(query, gallery, metric):
     "The distance of every pair by itself, so that copies tie whatever stands around them."
@@ -22,11 +22,11 @@ def _exact(query, gallery, metric):
     return d if metric == "euclidean" else d.square() / 2
 
 def _tiles(gallery, metric, block):
-    "First row and checked `_vectors` of each tile of the gallery."
+    "First row and checked `as_vectors` of each tile of the gallery."
     for start in progress(range(0, len(gallery), block), "search", unit="tile"):
         part = gallery[start:start + block]
         rows = range(start, start + len(part))
-        yield start, _tensor(_check_features(part, "gallery features", metric, rows), metric)
+        yield start, _tensor(check_features(part, "gallery features", metric, rows), metric)
 
 def _candidates(q, gallery, shift, metric, device, count, block):
     "The largest float32 scores `(Q,count)`, their gallery rows, the longest gallery vector shifted and not."

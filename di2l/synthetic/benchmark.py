@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..console import UserError, between, field_types, one_of, progress, read_value, whole
 from ..files import read_json, sha256
-from .people import _stream
+from .people import random_stream
 from .sensors import LAYOUTS, PRESETS, VERSION, Settings, render
 
 # %% ../../nbs/62_benchmark.ipynb #0130cd48
@@ -47,13 +47,13 @@ def _settings_for(preset, **knobs):
 # %% ../../nbs/62_benchmark.ipynb #82a8227c
 def _splits(s, seed):
     "Which identities are for training, for choosing and for reporting: {split: sorted identities}."
-    order, n = (1 + _stream(seed, 6).permutation(s.identities + s.test_identities)).tolist(), s.identities
+    order, n = (1 + random_stream(seed, 6).permutation(s.identities + s.test_identities)).tolist(), s.identities
     cut = max(0, n - s.val_identities)
     return dict(train=sorted(order[:cut]), val=sorted(order[cut:n]), test=sorted(order[n:]))
 
 def _cameras_of(s, seed, pid):
     "The cameras that see an identity: at least two visible ones and one infrared."
-    rng, cameras = _stream(seed, 7, pid), list(LAYOUTS[s.layout])
+    rng, cameras = random_stream(seed, 7, pid), list(LAYOUTS[s.layout])
     while s.layout == "sysu":
         seen = [cam for cam, draw in zip(cameras, rng.random(6)) if draw >= s.missing]
         if any(c.infrared for c in seen) and sum(not c.infrared for c in seen) >= 2: return seen
@@ -72,7 +72,7 @@ def _lists(s, seed):
         return {f"exp/{k}_id.txt": ",".join(map(str, ids)) + "\n" for k, ids in _splits(s, seed).items()}
     texts, n = {}, s.identities
     for trial in range(1, 11):
-        order = 1 + _stream(seed, 8, trial).permutation(2 * n)
+        order = 1 + random_stream(seed, 8, trial).permutation(2 * n)
         for half, pids in dict(train=sorted(order[:n]), test=sorted(order[n:])).items():
             for cam, kind in zip(LAYOUTS["regdb"], ("visible", "thermal")):  # a line: image, label in half
                 texts[f"idx/{half}_{kind}_{trial}.txt"] = "".join(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKIN', 'HAIR', 'HAT', 'UPPER', 'SLEEVE', 'INNER', 'LOWER', 'SHOES', 'BAG', 'SLOTS', 'LUMINANCE', 'GARMENTS', 'PLAIN',
            'BANDS', 'PINSTRIPES', 'CHECKS', 'DOTS', 'BLOCK', 'DIAGONAL', 'LOGO', 'SIDES', 'PATTERNS', 'HAIR_COLOURS',
-           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'Part']
+           'WARMTH', 'UPPER_WARMTH', 'PLACES', 'random_stream', 'Part']
 
 # %% ../../nbs/60_people.ipynb #1563fa19
 import math
@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 
 # %% ../../nbs/60_people.ipynb #53260d5a
-def _stream(*keys):
+def random_stream(*keys):
     "Random numbers that depend on whole numbers alone: seed, purpose, identity, camera, frame."
     return np.random.Generator(np.random.PCG64([k & 0xFFFFFFFF for k in keys]))
 
@@ -107,7 +107,7 @@ def _draw_heat(rng, wear, rgb, correlation):
 @lru_cache(512)
 def _draw_person(seed, pid, correlation):
     "The identity `pid` of benchmark `seed`, as in the table above; negative ones are passers-by."
-    rng, apart = _stream(seed, 1, pid), _stream(seed, 2, pid)
+    rng, apart = random_stream(seed, 1, pid), random_stream(seed, 2, pid)
     size, wear = _draw_size(rng), _draw_wear(rng)
     pairs = [_contrasting(lambda i: _draw_colour(rng), _tone, 0.25) for _ in range(SLOTS)]
     nir = np.array([_contrasting(lambda i: _near_infrared(pair[i], correlation, apart), math.sqrt, 0.15)

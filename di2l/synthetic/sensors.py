@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from .people import (BAG, BANDS, BLOCK, CHECKS, DIAGONAL, DOTS, HAIR, INNER, LOGO, LOWER, SIDES,
-                                   PINSTRIPES, SKIN, SLOTS, UPPER, _body, _draw_colour, _draw_person, _stream)
+                                   PINSTRIPES, SKIN, SLOTS, UPPER, _body, _draw_colour, _draw_person, random_stream)
 
 # %% ../../nbs/61_sensors.ipynb #e4a03522
 VERSION = "5"  # of the generator: any change of the pixels raises it
@@ -234,7 +234,7 @@ def _clutter(pano):
 def _place(seed, number, outdoor, unit):
     "What stands behind a person, eight metres wide, `unit` pixels a metre; drawn once."
     H, W = int(3.2 * unit), int(8 * unit)
-    pano = SimpleNamespace(unit=unit, rng=_stream(seed, 3, number), pixels=np.zeros((H, W, 6), np.float32))
+    pano = SimpleNamespace(unit=unit, rng=random_stream(seed, 3, number), pixels=np.zeros((H, W, 6), np.float32))
     for draw in (_wall, _ground, *([_leaves] if outdoor else []), _clutter): draw(pano)
     grain = pano.rng.random((H // 2 + 1, W // 2 + 1), dtype=np.float32).repeat(2, 0).repeat(2, 1)[:H, :W]
     lamps = .35 * np.abs(np.arange(W, dtype=np.float32) / (2.7 * unit) % 1 - .5)[None]
@@ -251,7 +251,7 @@ LAYOUTS = dict(sysu=(Camera(1, False, 1, False), Camera(2, False, 2, False), Cam
 @lru_cache(64)
 def _optics(seed, number, nuisance):
     "What never changes at one camera: its pitch (radians), colours, light and sensor."
-    rng = _stream(seed, 4, number)
+    rng = random_stream(seed, 4, number)
     side, up = rng.uniform(-.8, .8), rng.uniform(.3, .8)
     norm = math.sqrt(side * side + up * up + .5)
     return SimpleNamespace(
@@ -406,7 +406,7 @@ def render(
     frame,     # number of the image at that camera
 ):             # uint8 (height, width, 3); infrared images have three equal channels
     "One image of the benchmark."
-    rng = _stream(seed, 5, pid, camera.number, frame)
+    rng = random_stream(seed, 5, pid, camera.number, frame)
     scene, fixed = _stage(settings, seed, pid, camera, rng), _optics(seed, camera.number, settings.nuisance)
     if not camera.infrared: return _see_visible(scene, settings, fixed, camera.outdoor, rng)
     if settings.layout == "regdb": return _see_thermal(scene, settings, rng)
