@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'IMBALANCE', 'SENSOR', 'WHY', 'PLAN', 'CONFIRM', 'GALLERIES', 'SEARCH', 'FORMS_OF',
-           'Experiment', 'define', 'recorded', 'run', 'plan', 'status', 'make', 'complete']
+           'FORMS_TRIED', 'Experiment', 'define', 'recorded', 'run', 'plan', 'status', 'make', 'complete']
 
 # %% ../nbs/10_experiments.ipynb #a02ea812
 import fnmatch, json, os, shutil, sys
@@ -121,10 +121,12 @@ CONFIRM = {name: _pairs((2, 3, 4, 5), 3)
            for name in ("baseline", "dpa", "di2l", "no-non-local", "no-rca", "agw")}
 GALLERIES = (("di2l", 0, 0), ("regdb-di2l", 0, 0))
 
-# %% ../nbs/10_experiments.ipynb #a8437f1d
+# %% ../nbs/10_experiments.ipynb #36d433e5
 _FREE = dict(method="caj", non_local=False)
 _RECIPE = dict(wrt_scale=8.0, lr=2e-3)              # the forms of attention are compared at this one
 SEARCH, FORMS_OF = {}, dict(pixel=dict(method="caj"), part=dict(non_local=False, gamma=0.0))
+FORMS_TRIED = dict(part=("printed", "unit", "mild", "centred+unit", "centred+mild"),   # it has a norm already
+                   pixel=("printed", "norm", "unit", "unit+norm", "mild+norm", "centred+unit+norm"))
 
 def _search(name, settings, pairs):
     "An experiment of the search."
@@ -139,10 +141,9 @@ _one = {"erase0": dict(erase=0.0), "erase0.5": dict(erase=0.5), "decay0.05": dic
 for name, change in _one.items():
     _search(f"search-free-{name}", dict(_FREE, **_RECIPE, **change), [(6, 0), (7, 0)])
 
-# %% ../nbs/10_experiments.ipynb #96a327f4
+# %% ../nbs/10_experiments.ipynb #4e2ca7fa
 for which, base in FORMS_OF.items():
-    for form in ("printed", "norm", "unit", "unit+norm", "learned+norm", "centred+unit", "centred+unit+norm"):
-        if which == "part" and "norm" in form: continue                  # it ends in one already
+    for form in FORMS_TRIED[which]:
         _search(f"search-{which}-{form}", dict(base, **_RECIPE, **{f"{which}_form": form}),
                 [(d, 0) for d in (6, 7, 8)])
     _search(f"search-{which}-slow", dict(base, **_RECIPE, attention_lr=0.1), [(d, 0) for d in (6, 7, 8)])

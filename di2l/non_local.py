@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from .console import one_of
 
-# %% ../nbs/03_non_local.ipynb #2cd43cba
-FORMS = ("printed", "norm", "unit", "learned", "centred")   # of an attention's exponents, see the table
+# %% ../nbs/03_non_local.ipynb #e2b6991b
+FORMS = ("printed", "norm", "unit", "mild", "learned", "centred")   # of an attention's exponents: the table
 
 class Attention(nn.Module):
     "What Eq. 3 and Eq. 4 share: u, v, and the form of the exponents."
@@ -22,8 +22,9 @@ class Attention(nn.Module):
         for word in (words := form.split("+")): one_of(FORMS, form=word)
         self.u, self.v = (conv(channels, inner, 1, bias=False) for _ in range(2))
         self.centre = norm(channels, affine=False) if "centred" in words else nn.Identity()
-        self.unit = "unit" in words or "learned" in words
-        self.temperature = nn.Parameter(torch.tensor(8.0)) if "learned" in words else 8.0
+        self.unit = not {"unit", "mild", "learned"}.isdisjoint(words)
+        self.temperature = 2.0 if "mild" in words else 8.0
+        if "learned" in words: self.temperature = nn.Parameter(torch.tensor(8.0))
         self.normed, self.watch, self.gauges = "norm" in words, False, {}
         self.keep_attention, self.attention = False, None
 
@@ -37,8 +38,8 @@ class Attention(nn.Module):
         if self.unit: u, v = self.temperature * F.normalize(u, dim=-1), F.normalize(v, dim=-1)
         return u, v
 
-# %% ../nbs/03_non_local.ipynb #c7213421
-GAUGES = ("perplexity", "spread", "over_positions", "over_images")
+# %% ../nbs/03_non_local.ipynb #8c8790d9
+GAUGES = ("perplexity", "spread", "varies", "over_positions", "over_images")
 
 def constant_share(
     x,    # values
@@ -57,8 +58,10 @@ def attention_gauges(
     "How alive an attention is on a batch."
     exponents = u @ v.mT                                                                 # (B,N,N)
     log_alpha = exponents.log_softmax(-1)
-    entropy = -(log_alpha.exp() * log_alpha).sum(-1)
+    alpha = log_alpha.exp()
+    entropy = -(alpha * log_alpha).sum(-1)
     return dict(zip(GAUGES, (entropy.exp().mean(), exponents.var(-1).mean().sqrt(),
+                             alpha.std(0, correction=0).mean(),
                              constant_share(mixed, 2), constant_share(added, 0))))
 
 # %% ../nbs/03_non_local.ipynb #86a7c9d1
