@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'TABLE2', 'GAMMA', 'IMBALANCE', 'SENSOR', 'WHY', 'PLAN', 'CONFIRM', 'GALLERIES', 'SEARCH', 'FORMS_OF',
-           'FORMS_TRIED', 'Experiment', 'define', 'recorded', 'run', 'plan', 'status', 'make', 'complete']
+           'FORMS_TRIED', 'Experiment', 'define', 'recorded', 'stale', 'run', 'plan', 'status', 'make', 'complete']
 
-# %% ../nbs/10_experiments.ipynb #a02ea812
+# %% ../nbs/10_experiments.ipynb #bfdaf254
 import fnmatch, json, os, shutil, sys
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,7 @@ from .results.code import code_digest, code_of, first_code, shown_equal
 from .results.gallery import gallery_on_record, write_gallery
 from .results.record import dump, record_path, score
 from .results.workers import side_by_side
-from .runs.config import config
+from .runs.config import config, config_changes
 from .synthetic.benchmark import read_benchmark, write_benchmark
 from .synthetic.sensors import PRESETS, VERSION
 from .train import train
@@ -171,7 +171,7 @@ def _shuffled(root):
         for to, take in zip(rows.path, rng.permutation(rows.path)): shutil.copyfile(root / take, part / to)
     return part.rename(out)
 
-# %% ../nbs/10_experiments.ipynb #e1ffbf66
+# %% ../nbs/10_experiments.ipynb #83f7a367
 def _configuration(e, seed, root="."):
     "The training `Config` of one run of an experiment, on the benchmark in a folder."
     changes = dict(draws="named", precision="fp32") if e.named else dict(draws="in-order")
@@ -196,15 +196,18 @@ def _deciding(e, data_seed, seed):
     data = asdict(replace(PRESETS[e.benchmark], **e.knobs))
     what = dict(scoring=_SCORING, generator=VERSION, benchmark=data, control=e.control,
                 data_seed=data_seed, run=run)
-    if e.named: what["code"] = first_code(code_digest(code_of(METHODS[run["method"]])), shown_equal())
     return what
 
 def _identity(e, data_seed, seed):
-    "A name, 12 hexadecimal digits, for everything that decides the outcome of a run of an experiment."
+    "A name, 12 hexadecimal digits, for all but the code that decides the outcome of a run of an experiment."
     what = _deciding(e, data_seed, seed)
     return sha256(json.dumps(what, sort_keys=True, default=str))[:12]
 
-# %% ../nbs/10_experiments.ipynb #2a6b699d
+def _code(e):
+    "{module: digest} of the code that decides it; nothing for the older experiments."
+    return code_of(METHODS[e.settings.get("method", "di2l")]) if e.named else {}
+
+# %% ../nbs/10_experiments.ipynb #b3aa7e5e
 def recorded(
     name,               # of an experiment
     data_seed=0,        # seed of the benchmark
@@ -215,14 +218,26 @@ def recorded(
     path = record_path(name, data_seed, seed, results)
     if not path.exists(): return None
     record = read_json(path, "delete it; `make results` makes it again")
-    return record if record["identity"] == _identity(_experiment(name), data_seed, seed) else None
+    return None if stale(record) else record
+
+def stale(
+    record,  # as it was read
+):           # what has changed since it was made, a list of text
+    "Why a record is not read any more; empty if it is fresh."
+    e, which = _experiment(record["name"]), (record["data_seed"], record["seed"])
+    old, new = record.get("code", {}), _code(e)
+    first = [first_code(code_digest(code), shown_equal()) for code in (old, new)]
+    changed = [m for m in {**old, **new} if old.get(m) != new.get(m)] if first[0] != first[1] else []
+    if record["identity"] == _identity(e, *which): return changed
+    now = {k: v for k, v in asdict(_configuration(e, which[1])).items() if k in record.get("config", {})}
+    return config_changes(record.get("config", {}), now) + changed or ["the benchmark, or how it is scored"]
 
 def _missing(*which, results):
     "Whether a record, or the gallery that goes with it, is yet to be made."
     lacks_gallery = which in GALLERIES and not gallery_on_record(which[0], results)
     return lacks_gallery or recorded(*which, results) is None
 
-# %% ../nbs/10_experiments.ipynb #bfafa5fd
+# %% ../nbs/10_experiments.ipynb #f185a081
 def run(
     name,               # of an experiment
     data_seed=0,        # seed of the benchmark
@@ -236,19 +251,21 @@ def run(
     if not _missing(name, data_seed, seed, results=results): return recorded(name, data_seed, seed, results)
     e = _experiment(name)
     root, identity = _benchmark(e, data_seed, data), _identity(e, data_seed, seed)
-    folder = Path(runs) / f"{name}-d{data_seed}-s{seed}-{identity}"
+    code = _code(e)
+    made_by = f"-{code_digest(code)}" if code else ""
+    folder = Path(runs) / f"{name}-d{data_seed}-s{seed}-{identity}{made_by}"
     train(_configuration(e, seed, root), folder, resume=True, quiet=not keep)
     outcome, parts = score(folder)
     content = e.control or _checked(root.resolve())["content"]
     record = dict(name=name, identity=identity, data_seed=data_seed, seed=seed, benchmark=e.benchmark,
                   knobs=e.knobs, control=e.control, data=content, **outcome)
-    if e.named: record["code"] = code_of(METHODS[e.settings.get("method", "di2l")])
+    if code: record["code"] = code
     if (name, data_seed, seed) in GALLERIES: write_gallery(name, record, *parts, results=results)
     write_whole(record_path(name, data_seed, seed, results), dump(record))
     if not keep: shutil.rmtree(folder)
     return recorded(name, data_seed, seed, results)
 
-# %% ../nbs/10_experiments.ipynb #637dd6b1
+# %% ../nbs/10_experiments.ipynb #60cf7dd4
 def plan(
     only="*",            # pattern of names, several separated by commas
     results="results",   # folder of the records
@@ -269,12 +286,16 @@ def _planned(only):
 def status(
     results="results",  # folder of the records
     only="*",           # pattern of names, several separated by commas
-):                      # table: experiment, runs on record, runs planned
+):                      # table: experiment, runs on record, runs planned, what made the others stale
     "What is on record of what is planned."
     import pandas as pd
-    rows = [(row[0], recorded(*row, results) is not None) for row in _planned(only)]
-    table = pd.DataFrame(rows, columns=["experiment", "found"]).groupby("experiment", sort=False).found
-    return table.agg(recorded="sum", planned="size").reset_index()
+    rows = []
+    for row in _planned(only):
+        path = record_path(*row, results)
+        why = stale(read_json(path, "delete it")) if path.exists() else None
+        rows.append((row[0], why == [], ", ".join(why or [])))
+    runs = pd.DataFrame(rows, columns=["experiment", "found", "why"]).groupby("experiment", sort=False)
+    return runs.agg(recorded=("found", "sum"), planned=("found", "size"), stale=("why", "max")).reset_index()
 
 # %% ../nbs/10_experiments.ipynb #5a35c67b
 def make(

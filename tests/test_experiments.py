@@ -143,26 +143,36 @@ def test_generator_version_changes_the_identity(monkeypatch):
     assert X._identity(X.EXPERIMENTS["di2l"], 0, 0) != before
 
 
-def test_an_edited_module_and_another_torch_change_the_identity(monkeypatch):
-    "Of the runs that know their code: those whose outcome the module decides, and no others."
-    e = replace(X.EXPERIMENTS["search-part-unit"], name="any")
-    before = X._identity(e, 6, 0)
-    digests = {m: C._digest(m) for m in C.deciding_modules(X.METHODS["di2l"])}
+def test_an_edited_module_and_another_torch_make_a_record_stale(monkeypatch):
+    "Of the runs that know their code: those whose outcome the module decides, by name; a change that was shown to change nothing does not."
+    name = "search-part-unit"
+    e, digests = X.EXPERIMENTS[name], {m: C._digest(m) for m in C.deciding_modules(X.METHODS["di2l"])}
+    record = dict(name=name, data_seed=6, seed=0, identity=X._identity(e, 6, 0), code=X._code(e))
+    assert X.stale(record) == []
     assert {"di2l.dpa", "di2l.train", "di2l.eval", "di2l.synthetic.people", "di2l.data.cache", "di2l.runs.process"} < set(digests)
     for edited in digests:
         monkeypatch.setattr(C, "_digest", lambda m: "edited" if m == edited else digests[m])
-        assert X._identity(e, 6, 0) != before, edited
+        assert X.stale(record) == [edited]
+    after = C.code_digest(X._code(e))
+    monkeypatch.setattr(X, "shown_equal", lambda: {after: C.code_digest(record["code"])})
+    assert X.stale(record) == []
     monkeypatch.setattr(C, "_digest", digests.__getitem__)
-    assert X._identity(e, 6, 0) == before
     monkeypatch.setattr(C, "version", lambda name: "9.9.9+cpu")
-    changed = X._identity(e, 6, 0)
-    assert changed != before
-    after = C.code_digest(C.code_of(X.METHODS["di2l"]))
-    monkeypatch.setattr(C, "version", real := __import__("importlib.metadata").metadata.version)
-    first = C.code_digest(C.code_of(X.METHODS["di2l"]))
-    monkeypatch.setattr(C, "version", lambda name: "9.9.9+cpu")
-    monkeypatch.setattr(X, "shown_equal", lambda: {after: first})
-    assert X._identity(e, 6, 0) == before                          # a change that was shown to change nothing
+    assert X.stale(record) == ["torch"]
+
+
+def test_a_stale_record_says_which_setting_and_the_status_shows_it(monkeypatch, tmp_path):
+    name = "search-free-w8-lr0.002"
+    e = X.EXPERIMENTS[name]
+    config = {k: v for k, v in json.loads(json.dumps(X.asdict(X._configuration(e, 0)))).items() if k != "root"}
+    record = dict(name=name, data_seed=6, seed=0, identity=X._identity(e, 6, 0), code=X._code(e), config=config)
+    record_path(name, 6, 0, tmp_path).parent.mkdir()
+    record_path(name, 6, 0, tmp_path).write_text(json.dumps(record))
+    assert X.recorded(name, 6, 0, tmp_path) == record
+    monkeypatch.setitem(X.EXPERIMENTS, name, replace(e, settings={**e.settings, "lr": 0.5}))
+    assert X.recorded(name, 6, 0, tmp_path) is None
+    (row,) = X.status(tmp_path, name).to_dict("records")
+    assert row["recorded"] == 0 and "lr was 0.002 and is 0.5" in row["stale"]
 
 
 def test_a_docstring_decides_nothing_and_a_constant_does():
