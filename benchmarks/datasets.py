@@ -24,7 +24,7 @@ from PIL import Image
 from torchvision import transforms
 
 from di2l import rca
-from di2l.data.cache import cache_images, _decode, _in_parallel
+from di2l.data.cache import cache_images, decode, in_parallel
 from di2l.data.checker import verify
 from di2l.data.records import read_regdb, read_sysu
 from machine import machine
@@ -72,7 +72,7 @@ def cache_build(top, n, rounds):
     "Building a cache over decoding and resizing alone, by the same threads: by the processor, and on the wall."
     data = camera_images(top / "crops", n)
     files = [str(data.root / p) for p in data.records.path]
-    def alone(): _in_parallel(lambda i: _decode(Path(files[i]).read_bytes(), files[i], (288, 144)), len(files), "")
+    def alone(): in_parallel(lambda i: decode(Path(files[i]).read_bytes(), files[i], (288, 144)), len(files), "")
     def build(): shutil.rmtree(top / "cache", ignore_errors=True); cache_images(data, (288, 144), top / "cache")
     return ratios(build, alone, rounds)
 

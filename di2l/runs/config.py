@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MAY_DIFFER', 'Config', 'check_config', 'config', 'show_config', 'config_changes']
 
-# %% ../../nbs/56_config.ipynb #fb0cd3f1
+# %% ../../nbs/56_config.ipynb #2b16cd75
 import dataclasses, json, math
 from dataclasses import dataclass, field, fields
 from os.path import expanduser
 
 from ..console import UserError, field_types, one_of, read_value, suggest
-from ..model import METHODS
+from ..methods.rows import METHODS
 
 # %% ../../nbs/56_config.ipynb #4e2f0f95
 @dataclass(frozen=True)
