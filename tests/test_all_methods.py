@@ -59,26 +59,40 @@ def test_resumed_after_every_step_it_ends_with_the_same_bytes(name, root, tmp_pa
     for file in "model.safetensors", "log.csv": assert (tmp_path / "whole" / file).read_bytes() == (folder / file).read_bytes(), file
 
 
-def _gradients(rank, world, port, c, file):
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def two_steps(c):
+    "State and scalars of a run after two steps, batch normalisation held still."
     run = still(T.Run(c, "unused"))
     for _ in range(2): run.one_step()
-    if rank == 0: torch.save((dict(run.network.state_dict()), run.read()), file)
+    return dict(run.network.state_dict()), run.read()
+
+
+def _as_rank(rank, port, configs, file):
+    "Every method's two steps in one of two processes."
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    fix_arithmetic()
+    found = {name: two_steps(c) for name, c in configs.items()}
+    if rank == 0: torch.save(found, file)
+
+
+@pytest.fixture(scope="module")
+def by_two(root, tmp_path_factory):
+    configs = {name: small(name, root, optimiser="sgd", lr=1e-2, head_lr=1.0, warmup=0.0) for name in ROWS}
+    file = tmp_path_factory.mktemp("two") / "found.pt"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    ranks = [FRESH.Process(target=_as_rank, args=(r, port, configs, file), daemon=True) for r in range(2)]
+    for p in ranks: p.start()
+    for p in ranks: p.join(500)
+    assert [p.exitcode for p in ranks] == [0, 0]
+    return configs, torch.load(file, weights_only=False)
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_2_processes_are_one(name, root, tmp_path):
-    c = small(name, root, optimiser="sgd", lr=1e-2, head_lr=1.0, warmup=0.0)
-    for world in 1, 2:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        ranks = [FRESH.Process(target=_gradients, args=(r, world, port, c, tmp_path / f"{world}.pt")) for r in range(world)]
-        for p in ranks: p.start()
-        for p in ranks: p.join(300)
-        assert [p.exitcode for p in ranks] == [0] * world
-    (one, rows), (two, others) = (torch.load(tmp_path / f"{world}.pt", weights_only=False) for world in (1, 2))
+def test_2_processes_are_one(name, by_two):
+    configs, found = by_two
+    (one, rows), (two, others) = two_steps(configs[name]), found[name]
     for key in one: torch.testing.assert_close(one[key], two[key], rtol=1e-5, atol=1e-6, msg=lambda m: f"{key}: {m}")
     assert rows[0]["step"] == 0 and rows[0].keys() == others[0].keys()
 
