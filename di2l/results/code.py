@@ -65,7 +65,7 @@ def code_of(
     "The code that decides the outcome of a method's run."
     return {m: _digest(m) for m in deciding_modules(method)} | dict(torch=version("torch").split("+")[0])
 
-# %% ../../nbs/81_code.ipynb #2497bbb6
+# %% ../../nbs/81_code.ipynb #5164c39a
 def code_digest(
     code,  # {module: digest} of `code_of`
 ):         # 12 hexadecimal digits
@@ -76,7 +76,7 @@ def code_digest(
 def shown_equal():
     "{digest of a code: digest of an earlier one that computes the same}, from `results/equal_code.json`."
     path = Path(__file__).parents[2] / "results/equal_code.json"
-    changes = read_json(path, "take it from the repository") if path.exists() else []
+    changes = read_json(path, "take it from the repository")["changes"] if path.exists() else []
     return {after: before for change in changes for after, before in change["equal"].items()}
 
 def first_code(

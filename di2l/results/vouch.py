@@ -49,7 +49,7 @@ def _short_run(root, name, steps):
     if done.returncode: raise UserError(f"{root}: {name} does not run there: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/83_vouch.ipynb #5c448c68
+# %% ../../nbs/83_vouch.ipynb #5e15d4ca
 def vouch(
     before,             # folder of the code that the records were made with
     after,              # folder of the code as it is
@@ -65,7 +65,7 @@ def vouch(
             if a != b: raise UserError(f"{name}: the {what} differ; its records have to be made again")
         if old["code"] != new["code"]: equal[new["code"]] = old["code"]
     path = Path(results) / "equal_code.json"
-    changes = read_json(path, "take it from the repository") if path.exists() else []
+    changes = read_json(path, "take it from the repository")["changes"] if path.exists() else []
     changes.append(dict(equal=equal, runs=list(names), steps=steps))
-    if equal: write_whole(path, json.dumps(changes, indent=1))
+    if equal: write_whole(path, json.dumps(dict(changes=changes), indent=1))
     return equal
