@@ -211,3 +211,16 @@ def test_draws_in_order_are_another_run(root):
     named, ordered = (T.Run(config("quick", **common, draws=d), "unused") for d in ("named", "in-order"))
     assert not torch.equal(named.network.classifier.weight, ordered.network.classifier.weight)
     assert not torch.equal(named.batches(0, 0)[0]["infrared"], ordered.batches(0, 0)[0]["infrared"])
+
+
+def test_a_finished_run_is_loaded_without_what_retrieval_does_not_need(toy, tmp_path):
+    from di2l.runs.folder import load_network
+    run = T.train(toy(), tmp_path / "run", quiet=True)
+    net, _ = load_network(run)
+    images = torch.randn(2, 3, 32, 16)
+    assert torch.allclose(net(visible=images).norm(dim=1), torch.ones(2)) and net.memory.mean.any()
+    from safetensors.torch import load_file, save_file
+    weights = load_file(run / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if n != "trunk.1.bias"}, run / "model.safetensors")
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="trunk.1.bias is in one of them only"): load_network(run)

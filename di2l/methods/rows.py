@@ -5,5 +5,6 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/41_rows.ipynb #f7c58d99
+# %% ../../nbs/41_rows.ipynb #f9c660a6
+from . import cdp, ddag, df2am, mace, maum, nfs, xcmg, zero_padding
 from ..model import METHODS

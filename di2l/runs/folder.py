@@ -110,7 +110,7 @@ def _info(run):
         odd = f"key {e} is missing" if isinstance(e, KeyError) else e
         raise UserError(f"{path}: is damaged or of another version ({odd}); {_AGAIN}") from None
 
-# %% ../../nbs/57_run_folder.ipynb #127d6d05
+# %% ../../nbs/57_run_folder.ipynb #ece56815
 def load_network(run):  # network in evaluation mode on the CPU, and what `config.json` holds
     "The network of a finished run's folder; a `UserError` says what is missing or does not fit."
     from safetensors.torch import load
@@ -120,7 +120,10 @@ def load_network(run):  # network in evaluation mode on the CPU, and what `confi
     wanted = summary(run).get("sha256") if (run / "summary.json").exists() else None
     if wanted not in (None, sha256(data)):
         raise UserError(f"{path}: is not the file that summary.json was written for; {_AGAIN}")
-    try: (net := method.network(info["num_ids"])).load_state_dict(load(data))
+    try:
+        missing, odd = (net := method.network(info["num_ids"])).load_state_dict(load(data), strict=False)
+        odd += [n for n in missing if n.split(".")[0] not in method.passing]     # parts that retrieval needs
+        if odd: raise ValueError(f"{odd[0]} is in one of them only")
     except Exception as e:
         raise UserError(f"{path}: is damaged, or of another network than config.json "
                         f"({str(e).splitlines()[-1].strip()}); {_AGAIN}") from None
