@@ -54,7 +54,7 @@ def cosine_triplet(
     near = cos.masked_fill(alike, -torch.inf).amax(1)
     return F.relu(margin + near - cos.masked_fill(~positive, torch.inf).amin(1)).mean()
 
-# %% ../../nbs/33_aligngan.ipynb #edf50d47
+# %% ../../nbs/33_aligngan.ipynb #eb82eb8f
 class AlignGAN(Base):
     "An encoder of infrared images, translators, and two pairs of discriminators."
     def __init__(self, num_ids, method):
@@ -76,7 +76,7 @@ class AlignGAN(Base):
         may_lack(self, method.passing)
 
     def read(self, images, seeds):
-        "Infrared images, real or translated → maps, {logits, embedding e}; a number an image for the dropout."
+        "Infrared images, real or translated → maps, {logits, embedding e}; `seeds` are the dropout's."
         maps = self.maps(images)
         with torch.autocast(maps.device.type, enabled=False):
             f = stripe_pool(maps.float(), 1, self.gem)[..., 0]
@@ -162,7 +162,7 @@ def judges_turn(self: AlignGAN, visible, infrared, sharp, other):
             "real@visible": least_squares(self.visible_judge(visible), 1),
             "fake@visible": least_squares(self.visible_judge(fake_visible), 0)}
 
-# %% ../../nbs/33_aligngan.ipynb #265fcb1c
+# %% ../../nbs/33_aligngan.ipynb #f4a63eb6
 _ENCODER = ("visible_stem", "stage1", "stage2", "stage3", "stage4", "classifier", "embedding")
 _TRANSLATORS = ("to_infrared", "to_visible")
 
@@ -187,8 +187,8 @@ class AlignGANMethod(Translating):
     passing = ("embedding", "to_visible", "visible_twin", "infrared_twin", "visible_judge", "infrared_judge")
     adversarial = ("pixel", "twins", "generator", "judges")
     columns = columns_of(warm="id triplet", pixel="gan cycle identity", twins="visible infrared",
-                         feature="id triplet judge accuracy", generator="gan cycle identity triplet id accuracy",
-                         judges="visible infrared")
+                         feature="id triplet judge accuracy", judges="visible infrared",
+                         generator="gan cycle identity triplet id accuracy")
     gem = 1.0
 
     def __post_init__(self):
@@ -198,14 +198,14 @@ class AlignGANMethod(Translating):
         between(0, 1, warm_share=self.warm_share, pixel_share=self.pixel_share)
         between(0, 1, **{"warm_share + pixel_share": self.warm_share + self.pixel_share})
 
-# %% ../../nbs/33_aligngan.ipynb #e4927f0e
+# %% ../../nbs/33_aligngan.ipynb #bb5b8e04
 @patch
 def network(self: AlignGANMethod, num_ids): return AlignGAN(num_ids, self)
 
 @patch
 def turns(self: AlignGANMethod, when):
     if when.progress < self.warm_share: return ("warm",)
-    if when.progress < self.warm_share + self.pixel_share: return ("pixel", "twins")
+    if when.progress < round(self.warm_share + self.pixel_share, 9): return ("pixel", "twins")
     return ("feature", "generator", "judges")
 
 @patch

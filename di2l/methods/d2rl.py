@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unify', 'widen', 'translation_rows', 'D2RL', 'D2RLMethod']
 
-# %% ../../nbs/31_d2rl.ipynb #c91ea2cb
+# %% ../../nbs/31_d2rl.ipynb #c1e0a3ef
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from ..console import between
 from .pieces import Base, BaseMethod
 from .translators import (
-    OTHER, LatentPair, PatchJudge, Translating, both, columns_of, image_seeds, kl_to_normal, l1, least_squares,
-    may_lack, pad_to_fours, seeded_noise, spread, to_normalised, to_signed)
+    OTHER, LatentPair, PatchJudge, Translating, both, columns_of, image_seeds, kl_to_normal, l1,
+    least_squares, may_lack, pad_to_fours, seeded_noise, spread, to_normalised, to_signed)
 from ..model import METHODS
 from ..runs.draws import named_draws, part
 

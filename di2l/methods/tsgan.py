@@ -89,7 +89,7 @@ def judges_turn(self: TSGAN, visible, infrared):
         rows |= {f"real@{name}": least_squares(judge(real), 1), f"fake@{name}": least_squares(judge(fake), 0)}
     return rows
 
-# %% ../../nbs/37_tsgan.ipynb #decda0c1
+# %% ../../nbs/37_tsgan.ipynb #cec2ae6e
 @dataclass(frozen=True)
 class TSGANMethod(Translating, BaseMethod):
     "The idea of TS-GAN (Zhang et al., 2021)."
@@ -117,7 +117,7 @@ class TSGANMethod(Translating, BaseMethod):
 
     def turns(self, when):
         if when.progress < self.gan_share: return ("generator", "judges")
-        if when.progress < self.gan_share + self.teacher_share: return ("teacher",)
+        if when.progress < round(self.gan_share + self.teacher_share, 9): return ("teacher",)
         return ("generator", "judges", "student") if self.joint_gan else ("student",)
 
     def players(self, net):
