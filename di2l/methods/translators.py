@@ -71,11 +71,12 @@ def decoder(channels, width, blocks):
         layers += [nn.ConvTranspose2d(w, w // 2, 4, 2, 1), _norm(w // 2), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(width, channels, 7, padding=3), nn.Tanh())
 
-# %% ../../nbs/12_translators.ipynb #35266190
+# %% ../../nbs/12_translators.ipynb #a8b3d075
 def check_size(size):
     "A `UserError` for an image of which translators and discriminators would leave nothing."
-    if min(size) < 5: raise UserError(f"an image of {size[0]}×{size[1]} cannot be judged: no patches are left; "
-                                      "give sizes of 5 pixels or more, after `shrink`")
+    if min(size) >= 5: return
+    raise UserError(f"an image of {size[0]}×{size[1]} cannot be judged: no patches are left; give sizes of 5 "
+                    "pixels or more, after `shrink`")
 
 def pad_to_fours(x):
     "An image whose sides are multiples of 4, padded by its edge; float32."
