@@ -64,14 +64,15 @@ def read_log(run):  # DataFrame, one row a step
     if "step" in table and len(table): return table
     raise UserError(f"{path}: holds no steps; {todo}")
 
-# %% ../../nbs/58_run_log.ipynb #32547b30
+# %% ../../nbs/58_run_log.ipynb #c643c484
 def plot_log(log):  # matplotlib `Figure`
     "Loss terms and accuracy over the steps, from `read_log` or a record's curve."
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 2.4), dpi=80, layout="constrained")
     known = ("step", "epoch", "lr", "accuracy", "grad_norm", *GAUGES)
+    right = [n for n in log.columns if n.split(".")[-1] == "accuracy"]      # of each turn that classifies
     terms = [n for n in log.columns if n.split(".")[-1] not in known]
-    for axis, names in zip(figure.subplots(1, 2), (terms, ["accuracy"])):
+    for axis, names in zip(figure.subplots(1, 2), (terms, right)):
         for i, n in enumerate(names):
             axis.plot(log.step, log[n], color=f"C{i}", alpha=0.25, lw=0.8)
             mean = log[n].rolling(max(1, len(log) // 20), min_periods=1).mean()
