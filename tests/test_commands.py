@@ -62,7 +62,7 @@ def test_permutations_that_are_nowhere_are_said(tmp_path):
     for line in ("di2l_verify sysu . --permutations nowhere.mat", "di2l_eval --features mine.npz --permutations nowhere.mat"):
         features(tmp_path)
         done = shell(line, tmp_path)
-        assert done.returncode == 1 and "nowhere.mat: not found" in done.stderr, line
+        assert done.returncode == 1 and "nowhere.mat: " in done.stderr and "No such file" in done.stderr, line
 
 
 def permutations(folder, change=lambda order: order):
@@ -76,8 +76,8 @@ def permutations(folder, change=lambda order: order):
 
 
 @pytest.mark.parametrize("change, said", [
-    (lambda order: order - 1, "camera 4, identity 3.* it counts from 0"), (lambda order: order + 0.5, "camera 4, identity 3: expected rows that are permutations"),
-    (lambda order: np.maximum(order, 2), "camera 4, identity 3: expected rows that are permutations"), (lambda order: order[:, :3], "camera 4, identity 3: expected|identity 3")])
+    (lambda order: order - 1, "camera 4, identity 3: found .1. 0. .* expected rows that are permutations"), (lambda order: order + 0.5, "camera 4, identity 3: found .* expected rows that are permutations"),
+    (lambda order: np.maximum(order, 2), "camera 4, identity 3: found .* expected rows that are permutations"), (lambda order: order[:, :3], "camera 4, identity 3: expected|identity 3")])
 def test_permutations_are_what_the_authors_file_must_be(tmp_path, change, said):
     features(tmp_path)
     permutations(tmp_path)
