@@ -97,7 +97,7 @@ def _attention_summary(net, dataset, images, most=200):
     saturated = (weight.max(1).values > 0.99).float().mean().item()
     return dict(images=len(weight), mean=weight.mean(0).tolist(), saturated=saturated)
 
-# %% ../../nbs/69_record.ipynb #fb4c4c6e
+# %% ../../nbs/69_record.ipynb #93f4334f
 def curve(
     folder,  # run folder
 ):           # {column: values}, each the mean over an equal share of the steps
@@ -114,7 +114,8 @@ def gauges(
     "What the attention's gauges showed, at about a dozen moments of the run, the last one among them."
     import pandas as pd
     log = pd.read_csv(Path(folder) / "log.csv")
-    seen = log[["step"] + [k for k in log if k.endswith(GAUGES)]].dropna(subset=log.columns[-1:])
+    names = [k for k in log if k.endswith(GAUGES)]
+    seen = log[["step"] + names].dropna(subset=names[-1:])
     seen = seen.iloc[sorted({*range(0, len(seen), 5), len(seen) - 1})] if len(seen) else seen
     return {k: [None if np.isnan(x) else float(f"{x:.4g}") for x in v] for k, v in seen.items()}
 
