@@ -98,7 +98,7 @@ def fake_record(name, data_seed, seed):
     sure = dict(visible=dict(confidence=0.9, accuracy=1.0), infrared=dict(confidence=infrared, accuracy=0.95))
     itself = dict(visible={"rank-1": level + 10}, infrared={"rank-1": level - 10 + seed})
     of = experiments._identity(experiments.EXPERIMENTS[name], data_seed, seed)
-    return dict(name=name, identity=of, metrics=protocols, intra_modality=itself, confidence=sure)
+    return dict(name=name, data_seed=data_seed, seed=seed, identity=of, metrics=protocols, intra_modality=itself, confidence=sure)
 
 
 def write_fake_records(results):

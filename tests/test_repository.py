@@ -155,10 +155,11 @@ def test_evaluation_never_imports_training():
 
 
 def test_documented():
-    "Every public function and class says what it does."
+    "Every public function and class says what it does; a patched method is its class's, like those that stand in it."
     silent = []
     for name in MODULES:
         for node in ast.parse(module_file(name).read_text(encoding="utf-8")).body:
+            if any(ast.unparse(d) == "patch" for d in getattr(node, "decorator_list", [])): continue
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node):
                 silent.append(f"{name}.{node.name}")
     assert silent == []

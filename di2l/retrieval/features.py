@@ -101,7 +101,7 @@ def data_digest(
     "A short name for the data: the table of records and the content of the image files."
     return sha256(dataset.records.to_csv(index=False) + (cache.digest or ""))[:16]
 
-# %% ../../nbs/76_features.ipynb #26891c34
+# %% ../../nbs/76_features.ipynb #d84e0bc5
 def as_vectors(features, metric):
     "What the distances are taken between, float64 `(N,D)`."
     x = np.array(features, np.float64, order="C")
@@ -116,7 +116,8 @@ def distance_rows(
     block=None,  # queries at a time
 ):               # generator of (number of the first query, distances `(B,G)`)
     "Distances of all queries, a block at a time."
-    q, (g, copy) = as_vectors(query, metric), np.unique(as_vectors(gallery, metric), axis=0, return_inverse=True)
+    q, (g, copy) = as_vectors(query, metric), np.unique(
+        as_vectors(gallery, metric), axis=0, return_inverse=True)
     square, step = (g * g).sum(1), block or max(1, 2**22 // len(g))
     for start in range(0, len(q), step):
         part = q[start:start + step]

@@ -44,10 +44,11 @@ def _settings_for(preset, **knobs):
                         "test_identities, and for images, test_visible and test_infrared")
     return s
 
-# %% ../../nbs/62_benchmark.ipynb #82a8227c
+# %% ../../nbs/62_benchmark.ipynb #8259504a
 def _splits(s, seed):
     "Which identities are for training, for choosing and for reporting: {split: sorted identities}."
-    order, n = (1 + random_stream(seed, 6).permutation(s.identities + s.test_identities)).tolist(), s.identities
+    order, n = (1 + random_stream(seed, 6).permutation(
+        s.identities + s.test_identities)).tolist(), s.identities
     cut = max(0, n - s.val_identities)
     return dict(train=sorted(order[:cut]), val=sorted(order[cut:n]), test=sorted(order[n:]))
 

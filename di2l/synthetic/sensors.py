@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'PRESETS', 'View', 'PIXELS', 'FLOOR', 'Camera', 'LAYOUTS', 'SUPER', 'CHANNELS', 'Settings', 'render']
 
-# %% ../../nbs/61_sensors.ipynb #31eb2a73
+# %% ../../nbs/61_sensors.ipynb #87e8983d
 import math
 from collections import namedtuple
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from .people import (BAG, BANDS, BLOCK, CHECKS, DIAGONAL, DOTS, HAIR, INNER, LOGO, LOWER, SIDES,
-                                   PINSTRIPES, SKIN, SLOTS, UPPER, _body, _draw_colour, _draw_person, random_stream)
+                                   PINSTRIPES, SKIN, SLOTS, UPPER, _body, _draw_colour, _draw_person,
+                                   random_stream)
 
 # %% ../../nbs/61_sensors.ipynb #e4a03522
 VERSION = "5"  # of the generator: any change of the pixels raises it
@@ -229,12 +230,13 @@ def _clutter(pano):
         _box(pano, foot - h, foot, at, at + w, rgb, .9, heat=rng.uniform(15, 26))
         _box(pano, foot - h, foot - h + .05, at, at + w, np.minimum(rgb * 1.5, 1), .9, nir=.6, heat=18)
 
-# %% ../../nbs/61_sensors.ipynb #71addbb0
+# %% ../../nbs/61_sensors.ipynb #1ca28c11
 @lru_cache(16)
 def _place(seed, number, outdoor, unit):
     "What stands behind a person, eight metres wide, `unit` pixels a metre; drawn once."
     H, W = int(3.2 * unit), int(8 * unit)
-    pano = SimpleNamespace(unit=unit, rng=random_stream(seed, 3, number), pixels=np.zeros((H, W, 6), np.float32))
+    pano = SimpleNamespace(unit=unit, rng=random_stream(seed, 3, number),
+                           pixels=np.zeros((H, W, 6), np.float32))
     for draw in (_wall, _ground, *([_leaves] if outdoor else []), _clutter): draw(pano)
     grain = pano.rng.random((H // 2 + 1, W // 2 + 1), dtype=np.float32).repeat(2, 0).repeat(2, 1)[:H, :W]
     lamps = .35 * np.abs(np.arange(W, dtype=np.float32) / (2.7 * unit) % 1 - .5)[None]
