@@ -579,7 +579,7 @@ def test_checkpointing_keeps_less_and_changes_nothing(small, base):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_network_computes_the_same(small, tmp_path):
     plain, compiled = (read_log(T.train(small(steps=2, precision="fp32", non_local=False, compile=c), tmp_path / str(c), quiet=True)) for c in (False, True))
-    assert np.allclose(plain, compiled, rtol=1e-3)
+    assert np.allclose(plain, compiled, rtol=1e-3, atol=1e-6, equal_nan=True)              # gauges of what adds nothing yet: NaN
     from torch._dynamo.utils import counters
     assert counters["stats"]["unique_graphs"] > 0                            # a compiler was at work
 
