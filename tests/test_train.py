@@ -628,7 +628,7 @@ def test_heads_learn_at_their_own_rate(small):
     (dict(compile="perhaps"), "true or false"), (dict(weight_decay=-1), "0 or more"), (dict(gamma="two"), "gamma = 'two' is not a number"),
     (dict(dpa=False, parts=6), "parts does nothing with dpa = False"), (dict(method="caj", reading="weighted-sum"), "reading does nothing"), (dict(crop=0, pad=30), "pad does nothing"),
     (dict(seed=10**30), "under 2"), (dict(warmup=float("inf")), "under 2"), (dict(gamma=-1), "gamma = -1.0: expected"), (dict(parts=0), "parts = 0"), (dict(gem=0), "gem = 0.0"),
-    (dict(flip=2), "flip = 2.0"), (dict(flip=float("nan")), "flip = nan"), (dict(wrt_scale=0), "above 0"), (dict(settings="x"), "by its own name"),
+    (dict(part_form="unit+norm"), "norm' does nothing"), (dict(flip=2), "flip = 2.0"), (dict(flip=float("nan")), "flip = nan"), (dict(wrt_scale=0), "above 0"), (dict(settings="x"), "by its own name"),
     (dict(compile=True, checkpointing=True), "take one of the two"), (dict(settings=dict(gama=1)), "did you mean 'gamma'")])
 def test_a_wrong_option_is_an_error_that_helps(change, said):
     with pytest.raises(UserError, match=said): config("quick", **change)

@@ -102,6 +102,8 @@ def _flat(values):
 
 def _must_matter(changes, found, defaults):
     "An option that was changed must be able to change something."
+    if "norm" in found.get("part_form", "").split("+"):
+        raise UserError("part_form = 'norm' does nothing, DPA ends in one already; leave it out")
     for name, (other, value) in _IDLE.items():
         if name in changes and name in found and found[other] == value and found[name] != defaults[name]:
             raise UserError(f"{name} does nothing with {other} = {value!r}; leave it out")
