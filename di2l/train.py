@@ -232,7 +232,7 @@ class Run(_Learner):
         with a.main_process_first(): cache = cache_images(dataset, size=c.size)
         batches = Batches(c, method, dataset, cache, a.device, a.process_index, a.num_processes, reuse=True)
         super().__init__(c, method, batches, a)
-        self.dataset, self.out, self.dead = dataset, Path(out), set()
+        self.dataset, self.out, self.dead, self.quiet = dataset, Path(out), set(), False
         self.data_digest = data_digest(dataset, cache)
 
     def _any(self, caught): return next(filter(None, from_all(caught)), None)
@@ -250,7 +250,8 @@ def warn_of_dead(self: Run, rows):
 @patch
 def fit(self: Run):
     "All the steps that are left."
-    c, first, before, start, curves = self.c, self.step, self.seconds, time.perf_counter(), Curves(self.out)
+    c, first, before, start = self.c, self.step, self.seconds, time.perf_counter()
+    curves = Curves(self.out, self.quiet)
     every = 1 if self.device.type == "cpu" else 20                # steps between two readings
     images = c.accumulate * max(rows.stop for rows in self.batches.of.values())
     bars = dict(total=self.total - first, desc=c.method, unit="step")
@@ -328,7 +329,7 @@ def train(
     config,        # `Config`, made by `config`
     out,           # run folder, made if need be
     resume=False,  # go on from the last checkpoint in `out`; begin if there is none
-    quiet=False,   # print nothing
+    quiet=False,   # print nothing, draw nothing
 ):                 # the run folder
     "Train; leaves config.json, log.csv, model.safetensors, summary.json and checkpoints/ in `out`."
     out = Path(out).expanduser()
@@ -337,6 +338,7 @@ def train(
     except OSError as e: raise UserError(f"{out}: the folder cannot be made ({e}); choose another") from None
     try:
         run, busy = Run(config, out), "is being trained into by another process"
+        run.quiet = quiet
         with locked(out / ".lock", wait=False, busy=busy) if run.rank == 0 else nullcontext():
             if run.rank == 0: remove_unfinished(out)
             run.accelerator.wait_for_everyone()

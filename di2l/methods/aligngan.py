@@ -18,7 +18,7 @@ from ..dpa import stripe_pool
 from .pieces import Base, BaseMethod
 from .translators import (
     Halving, PatchJudge, Translating, Translator, both, columns_of, halvings, image_seeds, least_squares,
-    may_lack, seeded_noise, spread, to_normalised, to_signed, translate_both)
+    seeded_noise, spread, to_normalised, to_signed, translate_both)
 from ..model import METHODS
 from ..runs.draws import named_draws, part
 
@@ -73,7 +73,6 @@ class AlignGAN(Base):
         for name, module in make.items():
             with part(name): setattr(self, name, module())
         self.held = None                   # what the generators' turn made, for the judges' turn of the step
-        may_lack(self, method.passing)
 
     def read(self, images, seeds):
         "Infrared images, real or translated → maps, {logits, embedding e}; `seeds` are the dropout's."

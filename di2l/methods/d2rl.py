@@ -16,7 +16,7 @@ from ..console import between
 from .pieces import Base, BaseMethod
 from .translators import (
     OTHER, LatentPair, PatchJudge, Translating, both, columns_of, image_seeds, kl_to_normal, l1,
-    least_squares, may_lack, pad_to_fours, seeded_noise, spread, to_normalised, to_signed)
+    least_squares, pad_to_fours, seeded_noise, spread, to_normalised, to_signed)
 from ..model import METHODS
 from ..runs.draws import named_draws, part
 
@@ -68,7 +68,6 @@ class D2RL(Base):
         for name, channels in (("visible_judge", 3), ("infrared_judge", 1)):
             with part(name): setattr(self, name, PatchJudge(method.width, channels))
         self.held = None                   # what the translators' turn made, for the judges' turn of the step
-        may_lack(self, method.passing)
 
     def embed(self, visible=None, infrared=None):
         "As the base's, of multi-spectral images whose other half is translated without noise."

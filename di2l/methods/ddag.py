@@ -91,7 +91,6 @@ class DDAG(Base):
             self.graph = Graph(self.dim, num_ids, method.graph_width, method.graph_heads, method.dropout)
         self.memory = nn.Module()
         for name in ("total", "weight"): self.memory.register_buffer(name, torch.zeros(()))
-        self.register_load_state_dict_post_hook(_without_graph)
 
     def rows(self, visible=None, infrared=None):
         "{features before the neck, f_att, its logits, logits of the feature after the neck}."
@@ -105,10 +104,6 @@ class DDAG(Base):
 
     def embed(self, visible=None, infrared=None):
         return tuple(self.rows(visible, infrared)[name] for name in ("features", "after", "logits"))
-
-def _without_graph(net, keys):
-    "A finished run's weights lack what retrieval does not need."
-    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith(("graph.", "memory."))]
 
 # %% ../../nbs/36_ddag.ipynb #d2567498
 @dataclass(frozen=True)

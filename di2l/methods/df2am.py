@@ -84,13 +84,8 @@ class DF2AM(Base):
         super().__init__(num_ids, method)
         with part("fusion"): self.fusion = Fusion(self.dim, method.stripes, method.reduction)
         with part("reasoning"): self.reasoning = Reasoning(self.dim, num_ids) if method.neighbours else None
-        self.register_load_state_dict_post_hook(_without_reasoning)
 
     def maps(self, visible=None, infrared=None): return self.fusion(super().maps(visible, infrared))
-
-def _without_reasoning(net, keys):
-    "A finished run's weights lack what retrieval does not need."
-    keys.missing_keys[:] = [k for k in keys.missing_keys if not k.startswith("reasoning.")]
 
 # %% ../../nbs/38_df2am.ipynb #3c8f7332
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER', 'to_signed', 'to_normalised', 'ResidualBlock', 'encoder', 'decoder', 'check_size', 'pad_to_fours',
            'Translator', 'translate_both', 'halvings', 'Halving', 'PatchJudge', 'least_squares', 'l1', 'both',
-           'LatentPair', 'image_seeds', 'seeded_noise', 'kl_to_normal', 'spread', 'columns_of', 'may_lack',
-           'Translating']
+           'LatentPair', 'image_seeds', 'seeded_noise', 'kl_to_normal', 'spread', 'columns_of', 'Translating']
 
 # %% ../../nbs/12_translators.ipynb #80661b52
 from dataclasses import dataclass
@@ -232,13 +231,6 @@ def columns_of(**turns):
     "Names of the log's columns, from {turn: \"term term …\"}."
     return tuple(f"{turn}.{name}" for turn, terms in turns.items()
                  for name in (*terms.split(), "loss", "grad_norm"))
-
-def may_lack(net, children):
-    "Let a network read weights that lack some children altogether."
-    def forgive(module, found):
-        missing = [n for n in found.missing_keys if n.split(".")[0] not in children]
-        found.missing_keys[:] = missing
-    net.register_load_state_dict_post_hook(forgive)
 
 # %% ../../nbs/12_translators.ipynb #5c53f56b
 @dataclass(frozen=True)

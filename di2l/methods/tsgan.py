@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..console import between
 from .pieces import Base, BaseMethod, hard_triplet
 from .translators import (
-    PatchJudge, Translating, Translator, both, columns_of, least_squares, may_lack, spread, to_normalised,
+    PatchJudge, Translating, Translator, both, columns_of, least_squares, spread, to_normalised,
     to_signed, translate_both)
 from ..model import METHODS
 from ..runs.draws import part
@@ -35,7 +35,6 @@ class TSGAN(Base):
         for name in ("visible_judge", "infrared_judge"):
             with part(name): setattr(self, name, PatchJudge(width))
         self.held = None                   # what the generators' turn made, for the judges' turn of the step
-        may_lack(self, method.passing)
 
     def ask_teacher(self, images, learning=False):
         "{features, after the neck, logits} of infrared images, real or translated."

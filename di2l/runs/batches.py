@@ -104,7 +104,8 @@ def add_gradients(network, parameters, joint=()):
     "The sum over processes of the parameters' gradients, in one exchange; those of joint children are whole."
     import torch.distributed as dist
     if not (dist.is_available() and dist.is_initialized()): return
-    whole = {id(p) for name in joint for p in getattr(network, name).parameters()}
+    whole = {id(p) for name in joint
+             if getattr(network, name) is not None for p in getattr(network, name).parameters()}
     gradients = [p.grad for p in parameters if id(p) not in whole]
     flat = torch.cat([g.flatten() for g in gradients])
     dist.all_reduce(flat)

@@ -83,11 +83,13 @@ def plot_log(log):  # matplotlib `Figure`
 
 class Curves:
     "Live curves under the cell that trains; nothing outside a notebook."
-    def __init__(self, out): self.out, self.last, self.handle = out, time.monotonic(), None
+    def __init__(self, out, quiet=False):
+        self.out, self.last, self.handle = out, time.monotonic(), None
+        self.hidden = quiet or not in_notebook()
 
     def update(self, final=False):
         "Draw if three seconds have passed, or if it is the last time."
-        if not in_notebook() or not (final or time.monotonic() - self.last > 3): return
+        if self.hidden or not (final or time.monotonic() - self.last > 3): return
         from IPython.display import Image, display
         buffer = io.BytesIO()
         plot_log(read_log(self.out)).savefig(buffer, metadata={"Software": None})
