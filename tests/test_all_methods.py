@@ -3,14 +3,16 @@ import multiprocessing, os, socket
 from dataclasses import fields
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 from di2l import train as T
 from di2l.console import UserError, field_types
+from di2l.data.records import IdentitySampler
 from di2l.methods.method import Batch, When, group_slices
-from di2l.methods.rows import METHODS
+from di2l.methods.rows import METHODS, PUBLISHED, SOURCES, TABLE1
 from di2l.runs.config import config
 from di2l.runs.draws import named_draws
 from di2l.runs.process import fix_arithmetic
@@ -165,3 +167,27 @@ def test_groups_and_columns_are_what_they_say(root):
         for modality, times in m.groups.values(): assert modality in ("visible", "infrared") and times >= 1, name
         assert group_slices(m.groups, dict(visible=4, infrared=4))
         if len(m.turns(When())) > 1: assert m.columns, name
+
+
+@pytest.mark.parametrize("name", TABLE1)
+def test_published_settings_are_a_preset_with_a_source(name):
+    "For both datasets; whatever a preset changes is named in its source (the base's epochs aside) and is a change."
+    for dataset in "sysu", "regdb":
+        c = config(name, dataset=dataset)
+        known = {**vars(c), **c.settings}
+        assert c.method == name and {k: known[k] for k in PUBLISHED[name]} == PUBLISHED[name]
+    defaults = {**vars(config(method=name)), **config(method=name).settings}
+    assert all(defaults[k] != value for k, value in PUBLISHED[name].items())
+    assert all(k in SOURCES[name] for k in PUBLISHED[name] if k != "epochs") and len(SOURCES[name]) > 40
+    assert PUBLISHED.keys() == SOURCES.keys() == {*TABLE1}
+
+
+def test_aligngans_rate_falls_after_5_000_joint_steps():
+    "Its milestones are epochs, whose length is the sampler's: 395 identities of SYSU-MM01 with 22,258 visible images, 206 of RegDB."
+    c = config("aligngan")
+    for people, visible, infrared, milestone in ((395, 22_258, 11_909, *c.milestones), (206, 2_060, 2_060, 194)):
+        assert str(milestone) in (SOURCES["aligngan"] + str(c.milestones))
+        counts = dict(visible=visible, infrared=infrared)
+        rows = [dict(pid=k % people, modality=m, cam=1) for m, n in counts.items() for k in range(n)]
+        per_epoch = len(IdentitySampler(pd.DataFrame(rows), c.ids, c.visible, c.infrared))
+        assert abs(milestone * per_epoch - 20_000) <= per_epoch / 2

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['PRESETS', 'MAY_DIFFER', 'Config', 'check_config', 'config', 'show_config', 'config_changes']
 
-# %% ../../nbs/56_config.ipynb #2b16cd75
+# %% ../../nbs/56_config.ipynb #7d23e8a7
 import dataclasses, json, math
 from dataclasses import dataclass, field, fields
 from os.path import expanduser
 
 from ..console import UserError, field_types, one_of, read_value, suggest
-from ..methods.rows import METHODS
+from ..methods.rows import METHODS, PUBLISHED
 
 # %% ../../nbs/56_config.ipynb #4e2f0f95
 @dataclass(frozen=True)
@@ -47,12 +47,11 @@ class Config:
     save_every: int = 0              # steps between checkpoints; 0: every epoch
     settings: dict = field(default_factory=dict)  # the method's own settings, by name
 
-# %% ../../nbs/56_config.ipynb #b9b0185a
+# %% ../../nbs/56_config.ipynb #34124b29
 PRESETS = {
     "paper-sysu": dict(),
     "paper-regdb": dict(dataset="regdb"),
-    "caj": dict(method="caj", epochs=100, crop=1.0),
-    "agw": dict(method="agw", epochs=81, crop=1.0, erase=0.0),
+    **{name: dict(method=name, **changes) for name, changes in PUBLISHED.items()},
     "quick": dict(
         size=(96, 48), backbone="resnet10", weights=None,  # a small trunk from scratch: minutes, not days
         optimiser="adamw", lr=4e-3, head_lr=1.0,           # SGD at 0.01 is for fine-tuning
