@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairJudge', 'cosine_triplet', 'AlignGAN', 'AlignGANMethod']
 
-# %% ../../nbs/33_aligngan.ipynb #019b5af9
+# %% ../../nbs/33_aligngan.ipynb #4077e844
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,9 @@ from ..console import between
 from ..dpa import stripe_pool
 from .pieces import Base, BaseMethod
 from .translators import (
-    Halving, PatchJudge, Translating, Translator, both, columns_of, halvings, image_seeds, least_squares,
-    seeded_noise, spread, to_normalised, to_signed, translate_both)
+    JUDGES, TRANSLATORS, TRUNK, CycleGAN, Halving, PatchJudge, Translating, check_shares, columns_of, fooled,
+    halvings, image_seeds, judged, least_squares, phase_of, seeded_noise, spread, to_normalised, to_signed,
+    told_apart, translate_both)
 from ..model import METHODS
 from ..runs.draws import named_draws, part
 
@@ -54,25 +55,21 @@ def cosine_triplet(
     near = cos.masked_fill(alike, -torch.inf).amax(1)
     return F.relu(margin + near - cos.masked_fill(~positive, torch.inf).amin(1)).mean()
 
-# %% ../../nbs/33_aligngan.ipynb #eb82eb8f
-class AlignGAN(Base):
+# %% ../../nbs/33_aligngan.ipynb #0d4189dd
+_TWINS = ("visible_twin", "infrared_twin")
+
+class AlignGAN(CycleGAN, Base):
     "An encoder of infrared images, translators, and two pairs of discriminators."
     def __init__(self, num_ids, method):
         super().__init__(num_ids, method, one_stem=True)
-        width, self.every, self.shrink = method.width, method.every, method.shrink
         self.bn_neck, self.dropout = nn.Identity(), method.dropout
         with part("classifier"):
             self.classifier = nn.Sequential(nn.Linear(self.dim, 256), nn.BatchNorm1d(256), nn.LeakyReLU(0.1),
                                             nn.Linear(256, num_ids))
         with part("embedding"): self.embedding = nn.Linear(self.dim, 256)
-        make = dict(to_infrared=lambda: Translator(width, method.blocks),
-                    to_visible=lambda: Translator(width, method.blocks),
-                    visible_twin=lambda: PatchJudge(width), infrared_twin=lambda: PatchJudge(width),
-                    visible_judge=lambda: PatchJudge(width),
-                    infrared_judge=lambda: PairJudge(self.dim, width))
-        for name, module in make.items():
-            with part(name): setattr(self, name, module())
-        self.held = None                   # what the generators' turn made, for the judges' turn of the step
+        def judge(): return PatchJudge(method.width)
+        self.add_gan(method, **dict.fromkeys((*_TWINS, "visible_judge"), judge),
+                     infrared_judge=lambda: PairJudge(self.dim, method.width))
 
     def read(self, images, seeds):
         "Infrared images, real or translated → maps, {logits, embedding e}; `seeds` are the dropout's."
@@ -83,36 +80,28 @@ class AlignGAN(Base):
             logits = self.classifier(f * kept / max(1 - self.dropout, 1e-6))
             return maps, dict(logits=logits, e=self.embedding(f))
 
-# %% ../../nbs/33_aligngan.ipynb #f67283ff
+# %% ../../nbs/33_aligngan.ipynb #93e2f60d
 @patch
 def embed(self: AlignGAN, visible=None, infrared=None):
     "Features, twice, and logits; a visible image is translated first."
     return Base.embed(self, None if visible is None else self.translated(visible), infrared)
 
 @patch
-def translated(self: AlignGAN, visible):
-    "Visible images as infrared ones, both normalised."
-    return to_normalised(self.to_infrared(to_signed(visible, self.shrink)), visible.shape[2:])
-
-@patch
 def forward(self: AlignGAN, visible=None, infrared=None, turn=None, **views):
     if not self.training: return F.normalize(self.embed(visible, infrared)[0])
-    seeds = [views[f"dropout@{name}"] for name in ("visible", "infrared")]
-    if turn == "warm": return self.warm_turn(infrared, seeds[1])
+    seeds, k = [views[f"dropout@{name}"] for name in ("visible", "infrared")], self.every
+    if turn == "warm":
+        return {f"{name}@infrared": rows for name, rows in self.read(infrared, seeds[1])[1].items()}
     if turn == "feature": return self.feature_turn(visible, infrared, torch.cat(seeds))
-    k, sharp = self.every, infrared[::self.every]
-    pixels = [to_signed(x[::k], self.shrink) for x in (visible, infrared)]
-    if turn == "pixel": rows = self.pixel_turn(*pixels)
-    elif turn == "twins": rows = self.twins_turn(*pixels)
-    elif turn == "generator": rows = self.generator_turn(*pixels, sharp, torch.cat([x[::k] for x in seeds]))
-    else: rows = self.judges_turn(*pixels, sharp, to_signed(views["other@infrared"][::k], self.shrink))
+    pixels = self.pixels(visible, infrared)
+    if turn == "pixel": rows = CycleGAN.generator_turn(self, *pixels, "twin")
+    elif turn == "twins": rows = CycleGAN.judges_turn(self, *pixels, "twin")
+    elif turn == "generator":
+        rows = self.generator_turn(*pixels, infrared[::k], torch.cat([x[::k] for x in seeds]))
+    else: rows = self.judges_turn(*pixels, infrared[::k], *self.pixels(views["other@infrared"]))
     return spread(rows, k)
 
-# %% ../../nbs/33_aligngan.ipynb #eebb1de7
-@patch
-def warm_turn(self: AlignGAN, infrared, seeds):
-    return {f"{name}@infrared": rows for name, rows in self.read(infrared, seeds)[1].items()}
-
+# %% ../../nbs/33_aligngan.ipynb #c900544e
 @patch
 def feature_turn(self: AlignGAN, visible, infrared, seeds):
     with torch.no_grad(): fake = self.translated(visible)
@@ -120,51 +109,32 @@ def feature_turn(self: AlignGAN, visible, infrared, seeds):
     score = self.infrared_judge(to_signed(infrared, self.shrink), maps[:len(visible)])
     return dict(rows, **{"fooled@visible": least_squares(score, 1)})
 
-# %% ../../nbs/33_aligngan.ipynb #2b76b071
-@patch
-def pixel_turn(self: AlignGAN, visible, infrared):
-    rows = translate_both(self.to_infrared, self.to_visible, visible, infrared)
-    self.held = fakes = rows.pop("fake@visible"), rows.pop("fake@infrared")
-    return rows | {"gan@visible": least_squares(self.infrared_twin(fakes[0]), 1),
-                   "gan@infrared": least_squares(self.visible_twin(fakes[1]), 1)}
-
+# %% ../../nbs/33_aligngan.ipynb #582e76f0
 @patch
 def generator_turn(self: AlignGAN, visible, infrared, sharp, seeds):
-    rows, n = translate_both(self.to_infrared, self.to_visible, visible, infrared), len(visible)
-    fakes = rows.pop("fake@visible"), rows.pop("fake@infrared")
-    maps, read = self.read(torch.cat([to_normalised(fakes[0], sharp.shape[2:]), sharp]), seeds)
-    self.held = *fakes, maps.detach()
-    return rows | read | {
-        "gan@visible": least_squares(self.infrared_judge(fakes[0], maps[n:].detach()), 1),
-        "gan@infrared": least_squares(self.visible_judge(fakes[1]), 1)}
+    self.held, rows = translate_both(self.to_infrared, self.to_visible, visible, infrared)
+    fake = to_normalised(self.held["visible"], sharp.shape[2:])
+    maps, read = self.read(torch.cat([fake, sharp]), seeds)
+    still = self.held["maps"] = maps.detach()
+    def pair_judge(images): return self.infrared_judge(images, still[len(visible):])
+    return rows | read | fooled(dict(visible=self.visible_judge, infrared=pair_judge), self.held)
 
-# %% ../../nbs/33_aligngan.ipynb #c808ecfd
-@patch
-def twins_turn(self: AlignGAN, visible, infrared):
-    fakes = [x.detach() for x in self.held or (self.to_infrared(visible), self.to_visible(infrared))]
-    pairs = dict(visible=(visible, fakes[1]), infrared=(infrared, fakes[0]))
-    return {f"{what}@{name}": least_squares(getattr(self, f"{name}_twin")(x), target)
-            for name, pair in pairs.items() for what, target, x in zip(("real", "fake"), (1, 0), pair)}
-
+# %% ../../nbs/33_aligngan.ipynb #737c92ef
 @patch
 def judges_turn(self: AlignGAN, visible, infrared, sharp, other):
-    if self.held is None:
-        with torch.no_grad(): self.held = fakes = self.to_infrared(visible), self.to_visible(infrared)
-        images = torch.cat([to_normalised(fakes[0], sharp.shape[2:]), sharp])
-        self.held += self.maps(images).detach(),
-    fake, fake_visible, maps = (x.detach() for x in self.held)
-    of_fake, of_real = maps.split(len(visible))
+    if self.held is None:                                     # no generators' turn came before
+        with torch.no_grad():
+            made = dict(visible=self.to_infrared(visible), infrared=self.to_visible(infrared))
+            maps = self.maps(torch.cat([to_normalised(made["visible"], sharp.shape[2:]), sharp]))
+            self.held = dict(made, maps=maps)
+    fake, (of_fake, of_real) = self.held["visible"].detach(), self.held["maps"].split(len(visible))
     pairs = [(infrared, of_real), (other, of_real), (infrared, of_fake), (fake, of_real), (fake, of_fake)]
     scores = self.infrared_judge(*(torch.cat(x) for x in zip(*pairs))).split(len(visible))
     unreal = sum(least_squares(s, 0) for s in scores[1:]) / 4
-    return {"real@infrared": least_squares(scores[0], 1), "fake@infrared": unreal,
-            "real@visible": least_squares(self.visible_judge(visible), 1),
-            "fake@visible": least_squares(self.visible_judge(fake_visible), 0)}
+    return {"real@infrared": least_squares(scores[0], 1), "fake@visible": unreal,
+            **judged(dict(visible=self.visible_judge), dict(visible=visible), self.held)}
 
-# %% ../../nbs/33_aligngan.ipynb #f4a63eb6
-_ENCODER = ("visible_stem", "stage1", "stage2", "stage3", "stage4", "classifier", "embedding")
-_TRANSLATORS = ("to_infrared", "to_visible")
-
+# %% ../../nbs/33_aligngan.ipynb #0cd584a7
 @dataclass(frozen=True)
 class AlignGANMethod(Translating):
     "AlignGAN (Wang et al., 2019)."
@@ -183,7 +153,7 @@ class AlignGANMethod(Translating):
     warm_share: float = 0.2            # of the run: features on infrared alone
     pixel_share: float = 0.4           # of the run: translators alone; the rest is joint
     heads = ("classifier", "embedding")
-    passing = ("embedding", "to_visible", "visible_twin", "infrared_twin", "visible_judge", "infrared_judge")
+    passing = ("embedding", "to_visible", *_TWINS, *JUDGES)
     adversarial = ("pixel", "twins", "generator", "judges")
     columns = columns_of(warm="id triplet", pixel="gan cycle identity", twins="visible infrared",
                          feature="id triplet judge accuracy", judges="visible infrared",
@@ -194,28 +164,20 @@ class AlignGANMethod(Translating):
         super().__post_init__()
         between(0, 1, flip=self.flip, crop=self.crop, erase=self.erase, dropout=self.dropout)
         between(0, 10_000, **{n: getattr(self, n) for n in "pad margin cycle identity task judged".split()})
-        between(0, 1, warm_share=self.warm_share, pixel_share=self.pixel_share)
-        between(0, 1, **{"warm_share + pixel_share": self.warm_share + self.pixel_share})
+        check_shares(warm_share=self.warm_share, pixel_share=self.pixel_share)
 
-# %% ../../nbs/33_aligngan.ipynb #bb5b8e04
-@patch
-def network(self: AlignGANMethod, num_ids): return AlignGAN(num_ids, self)
+    def network(self, num_ids): return AlignGAN(num_ids, self)
 
-@patch
-def turns(self: AlignGANMethod, when):
-    if when.progress < self.warm_share: return ("warm",)
-    if when.progress < round(self.warm_share + self.pixel_share, 9): return ("pixel", "twins")
-    return ("feature", "generator", "judges")
+    def turns(self, when):
+        phases = ("warm",), ("pixel", "twins"), ("feature", "generator", "judges")
+        return phases[phase_of(when, self.warm_share, self.pixel_share)]
 
-@patch
-def players(self: AlignGANMethod, net):
-    return dict(warm=_ENCODER, pixel=_TRANSLATORS, twins=("visible_twin", "infrared_twin"),
-                feature=_ENCODER, generator=_TRANSLATORS, judges=("visible_judge", "infrared_judge"))
+    def players(self, net):
+        encoder = (*TRUNK, "classifier", "embedding")
+        return dict(warm=encoder, pixel=TRANSLATORS, twins=_TWINS, feature=encoder, generator=TRANSLATORS,
+                    judges=JUDGES)
 
-@patch
-def after_step(self: AlignGANMethod, net, batch, rows): net.held = None
-
-# %% ../../nbs/33_aligngan.ipynb #af3731c5
+# %% ../../nbs/33_aligngan.ipynb #bfa760c2
 @patch
 def augment(self: AlignGANMethod, visible, infrared, draw=named_draws(0), out=None, net=None):
     views = BaseMethod.augment(self, visible, infrared, draw, out)
@@ -231,17 +193,13 @@ def losses(self: AlignGANMethod, rows, batch, net=None, turn="main"):
         return dict(id=F.cross_entropy(rows["logits@infrared"], real),
                     triplet=cosine_triplet(e, e, real, real, self.margin, same=True))
     self.check_rows(batch, paired=True)
-    if turn in ("twins", "judges"):
-        return {name: (rows[f"real@{name}"].mean() + rows[f"fake@{name}"].mean()) / 2
-                for name in ("visible", "infrared")}
-    pixels = {} if turn == "feature" else dict(gan=both(rows, "gan"), cycle=self.cycle * both(rows, "cycle"),
-                                               identity=self.identity * both(rows, "same"))
-    if turn == "pixel": return pixels
+    if turn in ("twins", "judges"): return {name: loss / 2 for name, loss in told_apart(rows).items()}
+    if turn == "pixel": return self.gan_terms(rows)
     (fake_e, e), (ce, real_ce) = rows["e"].chunk(2), [
         F.cross_entropy(z, real) for z in rows["logits"].float().chunk(2)]
     triplet = (cosine_triplet(fake_e, e, real, real, self.margin)
                + cosine_triplet(e, fake_e, real, real, self.margin))
-    if turn == "generator": return dict(pixels, triplet=self.task * triplet, id=self.task * ce)
+    if turn == "generator": return dict(self.gan_terms(rows), triplet=self.task * triplet, id=self.task * ce)
     return dict(id=ce + real_ce, triplet=triplet, judge=self.judged * rows["fooled@visible"].mean())
 
 METHODS["aligngan"] = AlignGANMethod

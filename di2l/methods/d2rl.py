@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unify', 'widen', 'translation_rows', 'D2RL', 'D2RLMethod']
 
-# %% ../../nbs/31_d2rl.ipynb #c1e0a3ef
+# %% ../../nbs/31_d2rl.ipynb #ae3cf6bd
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from ..console import between
 from .pieces import Base, BaseMethod
 from .translators import (
-    OTHER, LatentPair, PatchJudge, Translating, both, columns_of, image_seeds, kl_to_normal, l1,
-    least_squares, pad_to_fours, seeded_noise, spread, to_normalised, to_signed)
+    JUDGES, OTHER, TRUNK, LatentPair, PatchJudge, Translating, both, columns_of, fooled, image_seeds, judged,
+    kl_to_normal, l1, pad_to_fours, phase_of, seeded_noise, spread, to_normalised, to_signed, told_apart)
 from ..model import METHODS
 from ..runs.draws import named_draws, part
 
@@ -38,26 +38,26 @@ def widen(
     with torch.no_grad(): wide.weight[:] = torch.cat([conv.weight, conv.weight.sum(1, keepdim=True)], 1) / 2
     return wide
 
-# %% ../../nbs/31_d2rl.ipynb #627c2444
+# %% ../../nbs/31_d2rl.ipynb #57cb249d
 def translation_rows(
     pair,   # `LatentPair`
     real,   # {modality: images from −1 to 1}
     noise,  # (modality, 0 or 1, codes) → ε for the first or the second encoding
-):          # {what@modality: a row for each image}; `fake@visible` are translations of visible images
+):          # {modality: its images' translations}, {what@modality: a row for each image}
     "Reconstructed, translated and brought back."
-    rows = {}
+    fakes, rows = {}, {}
     for modality, other in OTHER.items():
         code = pair.encode(real[modality], modality)
         z = code + noise(modality, 0, code)
-        fake = pair.decode(z, other)
+        fake = fakes[modality] = pair.decode(z, other)
         again = pair.encode(fake, other)
         back = pair.decode(again + noise(modality, 1, again), modality)
-        found = dict(fake=fake, kl=kl_to_normal(code) + kl_to_normal(again),
-                     same=l1(pair.decode(z, modality), real[modality]), cycle=l1(back, real[modality]))
-        rows |= {f"{name}@{modality}": values for name, values in found.items()}
-    return rows
+        rows |= {f"kl@{modality}": kl_to_normal(code) + kl_to_normal(again),
+                 f"same@{modality}": l1(pair.decode(z, modality), real[modality]),
+                 f"cycle@{modality}": l1(back, real[modality])}
+    return fakes, rows
 
-# %% ../../nbs/31_d2rl.ipynb #31cba264
+# %% ../../nbs/31_d2rl.ipynb #0ff12560
 class D2RL(Base):
     "The base on four channels, behind a pair of translators with a common code."
     def __init__(self, num_ids, method):
@@ -68,6 +68,8 @@ class D2RL(Base):
         for name, channels in (("visible_judge", 3), ("infrared_judge", 1)):
             with part(name): setattr(self, name, PatchJudge(method.width, channels))
         self.held = None                   # what the translators' turn made, for the judges' turn of the step
+
+    def judges(self): return {name: getattr(self, f"{name}_judge") for name in OTHER}
 
     def embed(self, visible=None, infrared=None):
         "As the base's, of multi-spectral images whose other half is translated without noise."
@@ -93,15 +95,12 @@ def _signed(infrared, shrink=1):
     "Infrared images from −1 to 1, one channel."
     return to_signed(infrared, shrink).mean(1, keepdim=True)
 
-# %% ../../nbs/31_d2rl.ipynb #f99353b4
+# %% ../../nbs/31_d2rl.ipynb #ae93f7c7
 @patch
 def translators_turn(self: D2RL, real, seeds):
     def noise(name, which, code): return seeded_noise(seeds[name] + which, code.shape[1:])
-    rows = translation_rows(self.translators, real, noise)
-    self.held = {name: rows.pop(f"fake@{name}") for name in OTHER}
-    for name, other in OTHER.items():
-        rows[f"gan@{name}"] = least_squares(getattr(self, f"{other}_judge")(self.held[name]), 1)
-    return rows
+    self.held, rows = translation_rows(self.translators, real, noise)
+    return rows | fooled(self.judges(), self.held)
 
 @patch
 def refine_turn(self: D2RL, visible, infrared):
@@ -114,14 +113,9 @@ def refine_turn(self: D2RL, visible, infrared):
 def judges_turn(self: D2RL, real):
     with torch.no_grad():
         fakes = self.held or {name: self.translators.translate(x, name) for name, x in real.items()}
-    rows = {}
-    for name, other in OTHER.items():
-        judge = getattr(self, f"{name}_judge")
-        rows |= {f"real@{name}": least_squares(judge(real[name]), 1),
-                 f"fake@{other}": least_squares(judge(fakes[other].detach()), 0)}
-    return rows
+    return judged(self.judges(), real, fakes)
 
-# %% ../../nbs/31_d2rl.ipynb #1a3ced40
+# %% ../../nbs/31_d2rl.ipynb #fa47b694
 @dataclass(frozen=True)
 class D2RLMethod(Translating, BaseMethod):
     "The idea of D²RL (Wang et al., 2019)."
@@ -130,7 +124,7 @@ class D2RLMethod(Translating, BaseMethod):
     cycle: float = 10.0        # λ₁ (UNIT's code)
     jointly: bool = True       # whether the features' loss moves the translators too (our reading)
     gan_share: float = 0.4     # of the run: the translators alone (ours)
-    passing = ("visible_judge", "infrared_judge")
+    passing = JUDGES
     adversarial = ("translate", "refine", "judges")
 
     def __post_init__(self):
@@ -140,26 +134,22 @@ class D2RLMethod(Translating, BaseMethod):
 
     @property
     def columns(self):
-        images = "gan kl same cycle"
-        refine = dict(refine=f"{images} id triplet accuracy") if self.jointly else {}
-        return columns_of(translate=images, **refine, judges="visible infrared",
+        refine = dict(refine="gan kl same cycle id triplet accuracy") if self.jointly else {}
+        return columns_of(translate="gan kl same cycle", **refine, judges="visible infrared",
                           feature="id triplet accuracy")
 
     def network(self, num_ids): return D2RL(num_ids, self)
 
     def turns(self, when):
-        if when.progress < self.gan_share: return ("translate", "judges")
-        return ("refine" if self.jointly else "translate", "judges", "feature")
+        joint = ("refine" if self.jointly else "translate", "judges", "feature")
+        return (("translate", "judges"), joint)[phase_of(when, self.gan_share)]
 
     def players(self, net):
-        trunk = ("visible_stem", "stage1", "stage2", "stage3", "stage4", "bn_neck", "classifier")
         refine = dict(refine=("translators",)) if self.jointly else {}
-        return dict(translate=("translators",), **refine, judges=("visible_judge", "infrared_judge"),
-                    feature=trunk)
+        return dict(translate=("translators",), **refine, judges=JUDGES,
+                    feature=(*TRUNK, "bn_neck", "classifier"))
 
-    def after_step(self, net, batch, rows): net.held = None
-
-# %% ../../nbs/31_d2rl.ipynb #729d8f2e
+# %% ../../nbs/31_d2rl.ipynb #4faab411
 @patch
 def augment(self: D2RLMethod, visible, infrared, draw=named_draws(0), out=None, net=None):
     views = BaseMethod.augment(self, visible, infrared, draw, out)
@@ -170,9 +160,7 @@ def augment(self: D2RLMethod, visible, infrared, draw=named_draws(0), out=None, 
 def losses(self: D2RLMethod, rows, batch, net=None, turn="main"):
     if turn == "feature": return BaseMethod.losses(self, rows, batch)
     self.check_rows(batch)
-    if turn == "judges":
-        return {name: rows[f"real@{name}"].mean() + rows[f"fake@{other}"].mean()
-                for name, other in OTHER.items()}
+    if turn == "judges": return told_apart(rows)
     weights = dict(gan=1.0, kl=self.kl, same=self.cycle, cycle=self.cycle)
     terms = {name: 2 * weight * both(rows, name) for name, weight in weights.items()}
     return terms | (BaseMethod.losses(self, rows, batch) if turn == "refine" else {})

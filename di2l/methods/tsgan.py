@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TSGAN', 'guidance', 'TSGANMethod']
 
-# %% ../../nbs/37_tsgan.ipynb #2b4e75e4
+# %% ../../nbs/37_tsgan.ipynb #d3fb3f53
 from dataclasses import dataclass
 
 import torch
@@ -14,27 +14,21 @@ from torch.nn import functional as F
 
 from ..console import between
 from .pieces import Base, BaseMethod, hard_triplet
-from .translators import (
-    PatchJudge, Translating, Translator, both, columns_of, least_squares, spread, to_normalised,
-    to_signed, translate_both)
+from di2l.methods.translators import (
+    JUDGES, TRANSLATORS, TRUNK, CycleGAN, PatchJudge, Translating, check_shares, columns_of, phase_of, spread,
+    told_apart)
 from ..model import METHODS
-from ..runs.draws import part
 
-# %% ../../nbs/37_tsgan.ipynb #153cb526
-class TSGAN(Base):
+# %% ../../nbs/37_tsgan.ipynb #128e4327
+class TSGAN(CycleGAN, Base):
     "A student; beside it a teacher, two translators and two discriminators."
     def __init__(self, num_ids, method):
         super().__init__(num_ids, method, one_stem=True)
-        self.every, self.shrink, width = method.every, method.shrink, method.width
         teacher = Base(num_ids, method, one_stem=True)
         self.teacher_neck, self.teacher_classifier = teacher.bn_neck, teacher.classifier
         teacher.bn_neck, teacher.classifier = torch.nn.Identity(), torch.nn.Identity()
         self.teacher = teacher
-        for name in ("to_infrared", "to_visible"):
-            with part(name): setattr(self, name, Translator(width, method.blocks))
-        for name in ("visible_judge", "infrared_judge"):
-            with part(name): setattr(self, name, PatchJudge(width))
-        self.held = None                   # what the generators' turn made, for the judges' turn of the step
+        self.add_gan(method, **dict.fromkeys(JUDGES, lambda: PatchJudge(method.width)))
 
     def ask_teacher(self, images, learning=False):
         "{features, after the neck, logits} of infrared images, real or translated."
@@ -49,14 +43,13 @@ class TSGAN(Base):
         if turn == "teacher":
             return {f"{n}@infrared": x for n, x in self.ask_teacher(infrared, learning=True).items()}
         if turn == "student": return self.student_turn(visible, infrared)
-        pixels = [to_signed(x[::self.every], self.shrink) for x in (visible, infrared)]
-        return spread(getattr(self, f"{turn}_turn")(*pixels), self.every)
+        return spread(getattr(self, f"{turn}_turn")(*self.pixels(visible, infrared)), self.every)
 
-# %% ../../nbs/37_tsgan.ipynb #d942e048
+# %% ../../nbs/37_tsgan.ipynb #a0464f11
 @patch
 def student_turn(self: TSGAN, visible, infrared):
     with torch.no_grad():
-        fake = to_normalised(self.to_infrared(to_signed(visible, self.shrink)), visible.shape[2:])
+        fake = self.translated(visible)
         taught = self.ask_teacher(torch.cat([fake, infrared.to(fake)]))["after"]
     rows = self.rows(torch.cat([visible.to(fake), fake]), infrared)
     return rows | {"taught@fake": taught[:len(fake)], "taught@infrared": taught[len(fake):]}
@@ -71,24 +64,7 @@ def guidance(
     return [(F.normalize(student[name].float()) - F.normalize(taught.float())).square().sum(1).mean()
             for name, taught in pairs]
 
-# %% ../../nbs/37_tsgan.ipynb #67970ade
-@patch
-def generator_turn(self: TSGAN, visible, infrared):
-    rows = translate_both(self.to_infrared, self.to_visible, visible, infrared)
-    self.held = fakes = rows.pop("fake@visible"), rows.pop("fake@infrared")
-    return rows | {"gan@visible": least_squares(self.infrared_judge(fakes[0]), 1),
-                   "gan@infrared": least_squares(self.visible_judge(fakes[1]), 1)}
-
-@patch
-def judges_turn(self: TSGAN, visible, infrared):
-    fakes = [x.detach() for x in self.held or (self.to_infrared(visible), self.to_visible(infrared))]
-    rows = {}
-    for name, real, fake in (("visible", visible, fakes[1]), ("infrared", infrared, fakes[0])):
-        judge = getattr(self, f"{name}_judge")
-        rows |= {f"real@{name}": least_squares(judge(real), 1), f"fake@{name}": least_squares(judge(fake), 0)}
-    return rows
-
-# %% ../../nbs/37_tsgan.ipynb #cec2ae6e
+# %% ../../nbs/37_tsgan.ipynb #10db31b8
 @dataclass(frozen=True)
 class TSGANMethod(Translating, BaseMethod):
     "The idea of TS-GAN (Zhang et al., 2021)."
@@ -100,8 +76,7 @@ class TSGANMethod(Translating, BaseMethod):
     teacher_share: float = 0.2  # of the run: the teacher alone (ours); the rest is the student's
     groups = dict(visible=("visible", 1), fake=("visible", 1), infrared=("infrared", 1))
     heads = ("bn_neck", "classifier", "teacher_neck", "teacher_classifier")
-    passing = ("teacher", "teacher_neck", "teacher_classifier", "to_infrared", "to_visible",
-               "visible_judge", "infrared_judge")
+    passing = ("teacher", "teacher_neck", "teacher_classifier", *TRANSLATORS, *JUDGES)
     adversarial = ("generator", "judges")
     columns = columns_of(generator="gan cycle identity", judges="visible infrared", teacher="id triplet",
                          student="id triplet visible infrared fake accuracy")
@@ -109,24 +84,20 @@ class TSGANMethod(Translating, BaseMethod):
     def __post_init__(self):
         super().__post_init__()
         between(0, 10_000, cycle=self.cycle, identity=self.identity, guided=self.guided)
-        between(0, 1, gan_share=self.gan_share, teacher_share=self.teacher_share)
-        between(0, 1, **{"gan_share + teacher_share": self.gan_share + self.teacher_share})
+        check_shares(gan_share=self.gan_share, teacher_share=self.teacher_share)
 
     def network(self, num_ids): return TSGAN(num_ids, self)
 
     def turns(self, when):
-        if when.progress < self.gan_share: return ("generator", "judges")
-        if when.progress < round(self.gan_share + self.teacher_share, 9): return ("teacher",)
-        return ("generator", "judges", "student") if self.joint_gan else ("student",)
+        gan = ("generator", "judges")
+        last = (*gan, "student") if self.joint_gan else ("student",)
+        return (gan, ("teacher",), last)[phase_of(when, self.gan_share, self.teacher_share)]
 
     def players(self, net):
-        return dict(generator=("to_infrared", "to_visible"), judges=("visible_judge", "infrared_judge"),
-                    teacher=("teacher", "teacher_neck", "teacher_classifier"),
-                    student=("visible_stem", "stage1", "stage2", "stage3", "stage4", "bn_neck", "classifier"))
+        return dict(generator=TRANSLATORS, judges=JUDGES, student=(*TRUNK, "bn_neck", "classifier"),
+                    teacher=("teacher", "teacher_neck", "teacher_classifier"))
 
-    def after_step(self, net, batch, rows): net.held = None
-
-# %% ../../nbs/37_tsgan.ipynb #3124d82a
+# %% ../../nbs/37_tsgan.ipynb #ab71d3e5
 @patch
 def losses(self: TSGANMethod, rows, batch, net=None, turn="main"):
     if turn == "teacher":
@@ -140,10 +111,7 @@ def losses(self: TSGANMethod, rows, batch, net=None, turn="main"):
         return (BaseMethod.losses(self, rows, batch)
                 | {n: self.guided * value for n, value in zip(("visible", "infrared", "fake"), three)})
     self.check_rows(batch)
-    if turn == "judges":
-        return {name: (rows[f"real@{name}"].mean() + rows[f"fake@{name}"].mean()) / 2
-                for name in ("visible", "infrared")}
-    return dict(gan=both(rows, "gan"), cycle=self.cycle * both(rows, "cycle"),
-                identity=self.identity * both(rows, "same"))
+    if turn == "judges": return {name: loss / 2 for name, loss in told_apart(rows).items()}
+    return self.gan_terms(rows)
 
 METHODS["tsgan"] = TSGANMethod
