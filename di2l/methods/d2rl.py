@@ -57,7 +57,7 @@ def translation_rows(
                  f"cycle@{modality}": l1(back, real[modality])}
     return fakes, rows
 
-# %% ../../nbs/31_d2rl.ipynb #0ff12560
+# %% ../../nbs/31_d2rl.ipynb #7daf8c5d
 class D2RL(Base):
     "The base on four channels, behind a pair of translators with a common code."
     def __init__(self, num_ids, method):
@@ -86,7 +86,7 @@ class D2RL(Base):
         k, sharp = self.every, (visible[::self.every], infrared[::self.every])
         real = dict(visible=to_signed(sharp[0], self.shrink), infrared=_signed(sharp[1], self.shrink))
         real = {name: pad_to_fours(x) for name, x in real.items()}
-        if turn == "judges": return spread(self.judges_turn(real), k)
+        if turn == "judges": return spread(judged(self.judges(), real, self.held), k)
         seeds = {name: seeds[f"noise@{name}"][::k] for name in OTHER}
         rows = self.translators_turn(real, seeds)
         return spread(rows | (self.refine_turn(*sharp) if turn == "refine" else {}), k)
@@ -95,7 +95,7 @@ def _signed(infrared, shrink=1):
     "Infrared images from −1 to 1, one channel."
     return to_signed(infrared, shrink).mean(1, keepdim=True)
 
-# %% ../../nbs/31_d2rl.ipynb #ae93f7c7
+# %% ../../nbs/31_d2rl.ipynb #00190898
 @patch
 def translators_turn(self: D2RL, real, seeds):
     def noise(name, which, code): return seeded_noise(seeds[name] + which, code.shape[1:])
@@ -108,12 +108,6 @@ def refine_turn(self: D2RL, visible, infrared):
     fakes = {name: x[..., :H, :W] for name, x in self.held.items()}                # without their padding
     made = (unify(to_signed(visible), fakes["visible"]), unify(fakes["infrared"], _signed(infrared)))
     return dict(zip(("features", "after", "logits"), Base.embed(self, visible=torch.cat(made))))
-
-@patch
-def judges_turn(self: D2RL, real):
-    with torch.no_grad():
-        fakes = self.held or {name: self.translators.translate(x, name) for name, x in real.items()}
-    return judged(self.judges(), real, fakes)
 
 # %% ../../nbs/31_d2rl.ipynb #fa47b694
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['OTHER', 'TRUNK', 'TRANSLATORS', 'JUDGES', 'to_signed', 'to_normalised', 'ResidualBlock', 'encoder', 'decoder',
            'check_size', 'pad_to_fours', 'Translator', 'translate_both', 'halvings', 'Halving', 'PatchJudge',
-           'least_squares', 'l1', 'both', 'fooled', 'judged', 'told_apart', 'LatentPair', 'image_seeds', 'seeded_noise',
-           'kl_to_normal', 'spread', 'phase_of', 'check_shares', 'columns_of', 'CycleGAN', 'Translating']
+           'PairJudge', 'least_squares', 'l1', 'both', 'fooled', 'judged', 'told_apart', 'cosine_triplet', 'LatentPair',
+           'image_seeds', 'seeded_noise', 'kl_to_normal', 'spread', 'phase_of', 'check_shares', 'columns_of',
+           'CycleGAN', 'Translating']
 
 # %% ../../nbs/12_translators.ipynb #4d0ae78a
 from dataclasses import dataclass
@@ -143,6 +144,22 @@ class PatchJudge(nn.Module):
         times = halvings(x.shape[2:])
         with torch.autocast(x.device.type, enabled=False): return self.last(self.halving(x.float(), times))
 
+# %% ../../nbs/12_translators.ipynb #3aa91287
+class PairJudge(nn.Module):
+    "How real image and feature map look together: `(B,3,H,W)`, `(B,D,h,w)` → `(B,1,h',w')`."
+    def __init__(self, dim, width=64):
+        super().__init__()
+        self.look, self.squeeze = Halving(3, width, 2 * width, 4 * width), nn.Conv2d(dim, width, 1)
+        self.weigh = Halving(5 * width, 8 * width, 16 * width)
+        self.last = nn.Conv2d(16 * width, 1, 3, padding=1)
+
+    def forward(self, images, maps):
+        times = halvings(images.shape[2:])
+        with torch.autocast(images.device.type, enabled=False):
+            x = self.look(images.float(), times)                                           # (B,4·width,h,w)
+            y = F.interpolate(self.squeeze(maps.float()), x.shape[2:], mode="bilinear")    # (B,width,h,w)
+            return self.last(self.weigh(torch.cat([x, y], 1), times - 3))
+
 # %% ../../nbs/12_translators.ipynb #500d7736
 def least_squares(
     scores,  # `(n,1,h,w)`
@@ -190,6 +207,19 @@ def told_apart(
 ):         # {modality: scalar}
     "LS(D(x), 1) + LS(D(x'), 0), the loss of each judge."
     return {name: rows[f"real@{name}"].mean() + rows[f"fake@{other}"].mean() for name, other in OTHER.items()}
+
+# %% ../../nbs/12_translators.ipynb #64a57b71
+def cosine_triplet(
+    anchors,     # `(n,D)`
+    others,      # `(n,D)`, of the same identities row by row; perhaps the same rows
+    pids,        # of both `(n,)`
+    margin=1.0,
+):               # scalar
+    "COS(A→B)."
+    cos = F.normalize(anchors.float()) @ F.normalize(others.float()).T                        # (n,n)
+    alike = pids[:, None] == pids
+    near = cos.masked_fill(alike, -torch.inf).amax(1)
+    return F.relu(margin + near - cos.masked_fill(~alike, torch.inf).amin(1)).mean()
 
 # %% ../../nbs/12_translators.ipynb #0f51ca2a
 class LatentPair(nn.Module):
@@ -270,7 +300,7 @@ def columns_of(**turns):
     return tuple(f"{turn}.{name}" for turn, terms in turns.items()
                  for name in (*terms.split(), "loss", "grad_norm"))
 
-# %% ../../nbs/12_translators.ipynb #244653d9
+# %% ../../nbs/12_translators.ipynb #f0bed2e9
 TRUNK = ("visible_stem", "stage1", "stage2", "stage3", "stage4")   # children of a one-stem network
 TRANSLATORS, JUDGES = ("to_infrared", "to_visible"), ("visible_judge", "infrared_judge")
 
@@ -278,12 +308,14 @@ class CycleGAN:
     "What a network with two translators and a pair of judges, or several, inherits beside `Base`."
     held = None                        # {modality: its images' translations}, within a step
 
-    def add_gan(self, method, **judges):
-        "Add the children: translators, and judges from {name: how to make it}."
+    def add_gan(self, method, *patch_judges, **judges):
+        "Add the children: translators, judges of patches by name, and others as {name: how to make it}."
         self.every, self.shrink = method.every, method.shrink
         def translator(): return Translator(method.width, method.blocks)
-        for name, make in (dict.fromkeys(TRANSLATORS, translator) | judges).items():
-            with part(name): setattr(self, name, make())
+        def judge(): return PatchJudge(method.width)
+        make = dict.fromkeys(TRANSLATORS, translator) | dict.fromkeys(patch_judges, judge) | judges
+        for name in make:
+            with part(name): setattr(self, name, make[name]())
 
     def judges(self, kind): return {name: getattr(self, f"{name}_{kind}") for name in OTHER}
 
@@ -298,9 +330,7 @@ class CycleGAN:
         return rows | fooled(self.judges(kind), self.held)
 
     def judges_turn(self, visible, infrared, kind="judge"):
-        with torch.no_grad():
-            made = self.held or dict(visible=self.to_infrared(visible), infrared=self.to_visible(infrared))
-        return judged(self.judges(kind), dict(visible=visible, infrared=infrared), made)
+        return judged(self.judges(kind), dict(visible=visible, infrared=infrared), self.held)
 
 # %% ../../nbs/12_translators.ipynb #2c8b9452
 @dataclass(frozen=True)

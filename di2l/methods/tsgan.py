@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TSGAN', 'guidance', 'TSGANMethod']
 
-# %% ../../nbs/37_tsgan.ipynb #d3fb3f53
+# %% ../../nbs/37_tsgan.ipynb #c20ce264
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 from ..console import between
 from .pieces import Base, BaseMethod, hard_triplet
-from di2l.methods.translators import (
-    JUDGES, TRANSLATORS, TRUNK, CycleGAN, PatchJudge, Translating, check_shares, columns_of, phase_of, spread,
-    told_apart)
+from .translators import (
+    JUDGES, TRANSLATORS, TRUNK, CycleGAN, Translating, check_shares, columns_of, phase_of, spread, told_apart)
 from ..model import METHODS
 
-# %% ../../nbs/37_tsgan.ipynb #128e4327
+# %% ../../nbs/37_tsgan.ipynb #bd74e6c0
 class TSGAN(CycleGAN, Base):
     "A student; beside it a teacher, two translators and two discriminators."
     def __init__(self, num_ids, method):
@@ -28,7 +27,7 @@ class TSGAN(CycleGAN, Base):
         self.teacher_neck, self.teacher_classifier = teacher.bn_neck, teacher.classifier
         teacher.bn_neck, teacher.classifier = torch.nn.Identity(), torch.nn.Identity()
         self.teacher = teacher
-        self.add_gan(method, **dict.fromkeys(JUDGES, lambda: PatchJudge(method.width)))
+        self.add_gan(method, *JUDGES)
 
     def ask_teacher(self, images, learning=False):
         "{features, after the neck, logits} of infrared images, real or translated."

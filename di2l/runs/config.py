@@ -47,7 +47,7 @@ class Config:
     save_every: int = 0              # steps between checkpoints; 0: every epoch
     settings: dict = field(default_factory=dict)  # the method's own settings, by name
 
-# %% ../../nbs/56_config.ipynb #34124b29
+# %% ../../nbs/56_config.ipynb #fa9693c5
 PRESETS = {
     "paper-sysu": dict(),
     "paper-regdb": dict(dataset="regdb"),
@@ -59,7 +59,7 @@ PRESETS = {
         wrt_scale=4.0,                                     # WRT on raw features stalls from scratch (06_wrt)
         erase=0.2, pad=4,                                  # 0.5 underfits; 10 pixels are a fifth of the width
         save_every=300,                                    # an epoch lasts seconds here
-        width=16, blocks=2, shrink=2,                      # of translators of images (12_translators)
+        width=8, blocks=2, shrink=2,                       # of translators of images (12_translators)
     ),
 }
 
