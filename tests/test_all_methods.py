@@ -1,5 +1,4 @@
 "What every row of Table 1 has to pass, parametrised over `METHODS`."
-import multiprocessing, os, socket
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from di2l.runs.config import config
 from di2l.runs.draws import named_draws
 from di2l.runs.process import fix_arithmetic
 from di2l.synthetic.benchmark import write_benchmark
+from processes import by_processes
 
 ROWS = [name for name, method in METHODS.items() if method.__module__ != "di2l.methods.controls"]
-FRESH = multiprocessing.get_context("spawn")
 SMALL = dict(size=(96, 48), ids=4, visible=2, infrared=2, steps=5, save_every=2, device="cpu", precision="fp32")
 
 
@@ -68,27 +67,15 @@ def two_steps(c):
     return dict(run.network.state_dict()), run.read()
 
 
-def _as_rank(rank, port, configs, file):
-    "Every method's two steps in one of two processes."
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def two_steps_of_all(configs):
     fix_arithmetic()
-    found = {name: two_steps(c) for name, c in configs.items()}
-    if rank == 0: torch.save(found, file)
+    return {name: two_steps(c) for name, c in configs.items()}
 
 
 @pytest.fixture(scope="module")
 def by_two(root, tmp_path_factory):
     configs = {name: small(name, root, optimiser="sgd", lr=1e-2, head_lr=1.0, warmup=0.0) for name in ROWS}
-    file = tmp_path_factory.mktemp("two") / "found.pt"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    ranks = [FRESH.Process(target=_as_rank, args=(r, port, configs, file), daemon=True) for r in range(2)]
-    for p in ranks: p.start()
-    for p in ranks: p.join(500)
-    assert [p.exitcode for p in ranks] == [0, 0]
-    return configs, torch.load(file, weights_only=False)
+    return configs, by_processes(2, tmp_path_factory.mktemp("two"), two_steps_of_all, configs)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -1,6 +1,5 @@
 "What a method may be, and what the loop makes of it: groups, turns, joint modules, memory (`79_method`, `80_batches`, `08_train`)."
-import json, math, os, socket
-import multiprocessing
+import json, math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from di2l.runs.config import config
 from di2l.runs.draws import named_draws
 from di2l.runs.log import read_log
 from di2l.synthetic.benchmark import write_benchmark
-
-FRESH = multiprocessing.get_context("spawn")
+from processes import by_processes
 
 
 class Net(nn.Module):
@@ -125,25 +123,15 @@ def test_resumed_after_any_turn_it_ends_with_the_same_bytes(toy, tmp_path, after
     assert {n.split(".")[0] for n in kept} == {"trunk", "classifier", "memory"} and kept["memory.mean"].any()
 
 
-def _steps(rank, world, port, c, file):
-    torch.set_num_threads(1)
+def four_steps(c):
     model.METHODS["toy"] = Toy
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = T.Run(c, "unused")
     for _ in range(4): run.one_step()
-    if rank == 0: torch.save((run.network.state_dict(), run.read()), file)
+    return run.network.state_dict(), run.read()
 
 
 def test_2_processes_are_one_with_groups_turns_joint_modules_and_draws(toy, tmp_path):
-    for world in 1, 2:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        ranks = [FRESH.Process(target=_steps, args=(r, world, port, toy(optimiser="sgd", lr=0.1), tmp_path / f"{world}.pt")) for r in range(world)]
-        for p in ranks: p.start()
-        for p in ranks: p.join(200)
-        assert [p.exitcode for p in ranks] == [0] * world
-    (one, rows), (two, others) = (torch.load(tmp_path / f"{world}.pt", weights_only=False) for world in (1, 2))
+    (one, rows), (two, others) = (by_processes(world, tmp_path, four_steps, toy(optimiser="sgd", lr=0.1)) for world in (1, 2))
     for name in one: torch.testing.assert_close(one[name], two[name], rtol=1e-6, atol=1e-6, msg=lambda m: f"{name}: {m}")
     for a, b in zip(rows, others):
         assert a.keys() == b.keys()

@@ -1,5 +1,5 @@
 "AlignGAN, TS-GAN and D²RL in the loop: phases, turns, resume, processes, what is refused (`12_translators`, `31`, `33`, `37`)."
-import math, multiprocessing, os, socket
+import math, resource
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from di2l.runs.config import config
 from di2l.runs.folder import load_network
 from di2l.runs.log import read_log
 from di2l.synthetic.benchmark import write_benchmark
+from processes import by_processes
 
-FRESH = multiprocessing.get_context("spawn")
 NAMES = ("aligngan", "tsgan", "d2rl")
 PHASES = dict(aligngan=[("warm",), *[("pixel", "twins")] * 2, *[("feature", "generator", "judges")] * 2],
               tsgan=[*[("generator", "judges")] * 2, ("teacher",), *[("student",)] * 2],
@@ -105,28 +105,18 @@ def test_the_joint_discriminators_are_fresh_and_the_step_is_forgotten(tiny):
     assert not any(torch.equal(a, b) for a, b in zip(before, judges())) and run.network.held is None
 
 
-def _steps(rank, world, port, c, file):
-    torch.set_num_threads(1)
+def five_steps(c):
     nn.modules.batchnorm._BatchNorm.train = lambda self, mode=True: nn.Module.train(self, False)   # on GPUs they are in step
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     run = T.Run(c, "unused")
     for _ in range(5): run.one_step()
-    if rank == 0: torch.save((run.network.state_dict(), run.read()), file)
+    return run.network.state_dict(), run.read()
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_2_processes_are_one(tiny, tmp_path, name):
     "Losses and gradients of every turn; Adam's first steps have the gradient's sign only, so its weights are held to a rate."
-    for world in 1, 2:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        c = tiny(name, optimiser="sgd", lr=0.01, gan_lr=1e-6)
-        ranks = [FRESH.Process(target=_steps, args=(r, world, port, c, tmp_path / f"{world}.pt")) for r in range(world)]
-        for p in ranks: p.start()
-        for p in ranks: p.join(500)
-        assert [p.exitcode for p in ranks] == [0] * world
-    (one, rows), (two, others) = (torch.load(tmp_path / f"{world}.pt", weights_only=False) for world in (1, 2))
+    c = tiny(name, optimiser="sgd", lr=0.01, gan_lr=1e-6)
+    (one, rows), (two, others) = (by_processes(world, tmp_path, five_steps, c) for world in (1, 2))
     for key in one: torch.testing.assert_close(one[key], two[key], rtol=1e-4, atol=2e-5, msg=lambda m: f"{key}: {m}")
     for a, b in zip(rows, others):
         assert a.keys() == b.keys()
@@ -155,3 +145,27 @@ def test_a_nan_names_turn_and_term(tiny, tmp_path, monkeypatch):
         return dict(terms, cycle=terms["cycle"] * math.nan) if turn == "generator" and batch.when.step == 1 else terms
     monkeypatch.setattr(tsgan.TSGANMethod, "losses", losses)
     with pytest.raises(T.NonFinite, match="step 1: generator.cycle is not finite"): T.train(tiny("tsgan"), tmp_path / "run", quiet=True)
+
+
+def peak_of_a_step(c, *places):
+    "Most memory that this process ever had, bytes, after a step at each place of a run."
+    run = T.Run(c, "unused")
+    for place in places:
+        run.step = int(place * run.total)
+        run.one_step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("name, places", [("aligngan", [0.9]), ("tsgan", [0.0, 0.9]), ("d2rl", [0.9])])
+def test_a_step_of_published_width_at_128x128_fits_24_gb(name, places, root, tmp_path, record_property):
+    """Float32, the dearest phases: new processes do a step of a small batch and of one twice as large. Weights, gradients and
+    moments are in both, so the difference is what so many images need; memory grows by it to the published batch."""
+    full = config(name)
+    each, batches = full.settings["every"], (2, 4)                            # images of each modality, of so many identities
+    peaks = [by_processes(1, tmp_path, peak_of_a_step, config(name, root=root, size=(128, 128), shrink=1, weights=None, ids=ids, visible=each,
+                                                              infrared=each, device="cpu", precision="fp32"), *places) for ids in batches]
+    (few, more), wanted = (2 * ids * each for ids in batches), full.ids * (full.visible + full.infrared)
+    expected = peaks[0] + (peaks[1] - peaks[0]) * (wanted - few) / (more - few)
+    record_property("peaks", [*peaks, expected])
+    print(f"{name}: {few} images {peaks[0] / 1e9:.2f} GB, {more} images {peaks[1] / 1e9:.2f} GB, {wanted} images about {expected / 1e9:.1f} GB")
+    assert peaks[0] < peaks[1] and expected < 24e9
