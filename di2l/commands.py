@@ -21,7 +21,7 @@ def _write_json(file, content):
     "Write a result, if a file was asked for."
     if file: write_whole(file, jsonlib.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/68_commands.ipynb #3cb49b0e
+# %% ../nbs/68_commands.ipynb #140ac2f6
 def _knobs():
     from di2l.synthetic.sensors import Settings
     return {"knobs, over the preset's:": Settings}
@@ -45,7 +45,6 @@ def synth(
 def verify(
     dataset: str,               # sysu, regdb or llcm
     root: path,                 # folder of the dataset
-    deep: bool = False,         # decode every image, not only its header
     permutations: path = None,  # SYSU-MM01: rand_perm_cam.mat, names every folder that lacks an image
     workers: int = None,        # threads; one a core unless given
     json: path = None,          # write the report there
@@ -55,7 +54,7 @@ def verify(
     from di2l.data.permutations import read_permutations
     if permutations and dataset != "sysu": raise UserError("--permutations are SYSU-MM01's; leave them out")
     if permutations: read_permutations(permutations)         # be it only that they are none
-    report = verify(dataset, root, deep, permutations, workers)
+    report = verify(dataset, root, permutations, workers)
     print(report)
     _write_json(json, report.to_json())
     return int(not report.ok)

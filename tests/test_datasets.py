@@ -139,9 +139,8 @@ BAD_IMAGES = [(cut, "is damaged"), (empty, "is empty"), (text, "is no readable i
 def test_bad_image_is_named_by_cache_and_verify(copy, damage, says):
     root = copy("sysu")
     file = damage(root)
-    for deep in False, True:
-        (problem,) = verify("sysu", root, deep=deep).problems
-        assert problem.startswith(str(file)) and says in problem and "copy it again" in problem
+    (problem,) = verify("sysu", root).problems
+    assert problem.startswith(str(file)) and says in problem and "copy it again" in problem
     with pytest.raises(UserError, match="1 of [0-9]+ images cannot be used") as e: cache_images(read("sysu", root), (32, 16))
     assert str(file) in str(e.value) and says in str(e.value)
     assert not list((root / ".di2l_cache").glob("*.np[yz]")), "a failed build leaves nothing that looks finished"
@@ -441,7 +440,7 @@ def test_interrupted_build_leaves_nothing_that_looks_finished(copy, monkeypatch,
         if len(seen) > 50: raise error
         return real(*args)
     monkeypatch.setattr(image_cache, "_write_at", write_at)
-    with pytest.raises((KeyboardInterrupt, OSError)): cache_images(data, (40, 24))
+    with pytest.raises((KeyboardInterrupt, UserError), match="No space left on device; free some space|^$"): cache_images(data, (40, 24))
     folder = data.root / ".di2l_cache"
     assert not list(folder.glob("*.npz")) and not list(folder.glob("*.npy"))
     monkeypatch.setattr(image_cache, "_write_at", real)
@@ -616,15 +615,12 @@ def test_epoch_length_is_what_it_says():
     r = made_up([56] * 395, [30] * 395)
     s = IdentitySampler(r)
     assert len(s) == len(s.epoch(0)) == 395 * s.repeats // 8 == 790 and "790 steps an epoch: 395 identities, each served 16 times" in repr(s)
-    assert len(IdentitySampler(r, repeats=1)) == 395, "rounded up to whole batches: 8 rounds of 395 identities"
-    assert len(IdentitySampler(made_up([8] * 16, [8] * 16), repeats=3)) == 6
 
 
 def test_sampler_refuses_what_cannot_be():
     r = made_up([4] * 6, [4] * 6)
     with pytest.raises(UserError, match="6 identities have both modalities, and a batch needs 8"): IdentitySampler(r)
     with pytest.raises(UserError, match="ids = 4 cannot be shared by 3 processes"): IdentitySampler(r, 4, world=3)
-    with pytest.raises(UserError, match="repeats = 0"): IdentitySampler(r, 4, repeats=0)
     for wrong in (dict(world=0), dict(world=-2), dict(rank=5, world=2), dict(rank=-1, world=2), dict(rank=1)):
         with pytest.raises(UserError, match="that share a batch"): IdentitySampler(r, 4, **wrong)
     for wrong in (dict(ids=0), dict(visible=0), dict(infrared=-1)):
@@ -781,17 +777,16 @@ def test_standin_refuses_a_folder_in_use(bases):
 
 # --- what di2l_verify must not overlook
 
-@pytest.mark.parametrize("deep", [False, True])
-def test_images_behind_a_link_are_looked_into(copy, deep):
+def test_images_behind_a_link_are_looked_into(copy):
     root = copy("sysu")
     (root / "cam6").rename(root.parent / "disk2")
     (root / "cam6").symlink_to(root.parent / "disk2")
     (root / "cam1/circle").symlink_to(root), (root / "above").symlink_to(root.parent), (root.parent / "disk2/0001/circle").symlink_to(root.parent / "disk2")
-    assert not verify("sysu", root, deep).problems
+    assert not verify("sysu", root).problems
     emptied = sorted((root / "cam6").glob("*/*.jpg"))[:20]
     for f in emptied: f.write_bytes(b"")
     shutil.move(first(root), root.parent / "disk2/misplaced.jpg")
-    problems = verify("sysu", root, deep).problems
+    problems = verify("sysu", root).problems
     assert [p.partition(":")[0] for p in problems if "is empty" in p] == list(map(str, emptied)) and any("cam6/misplaced.jpg: is misplaced" in p for p in problems)
 
 
@@ -821,10 +816,9 @@ def test_what_a_list_names_is_looked_into_whatever_it_is(copy, damage, says):
 def test_truncation_shows_whatever_the_last_bytes_are(tmp_path, ending):
     file = tmp_path / f"a.{ending}"
     Image.new("RGB", (16, 32), (63, 63, 63)).save(file)                                                     # 63 is "?"
-    for deep in False, True: _check_image(file, deep)
+    _check_image(file)
     file.write_bytes(file.read_bytes()[:-100 if ending in ("jpg", "png") else 800] + b"????")
-    for deep in False, True:
-        with pytest.raises(UserError, match="is damaged|is truncated|no readable image"): _check_image(file, deep)
+    with pytest.raises(UserError, match="is damaged|is truncated|no readable image"): _check_image(file)
 
 
 def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
@@ -837,10 +831,10 @@ def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
         data = file.read_bytes()
         whole = data[:2] + b"\xff" + header + data[2:]                                                       # and a fill byte
         for tail in b"", b"\0" * 5000, b"what a camera adds " * 20:
-            for deep in False, True: file.write_bytes(whole + tail); _check_image(file, deep)
-        for deep in False, True:
-            file.write_bytes(whole[:len(whole) // 2 + 500] + bytes(len(whole) // 2 - 500))
-            with pytest.raises(UserError, match="a.jpg: is truncated, for it has no end-of-image marker; copy it again|is damaged"): _check_image(file, deep)
+            file.write_bytes(whole + tail)
+            _check_image(file)
+        file.write_bytes(whole[:len(whole) // 2 + 500] + bytes(len(whole) // 2 - 500))
+        with pytest.raises(UserError, match="a.jpg: is truncated, for it has no end-of-image marker; copy it again|is damaged"): _check_image(file)
     assert read_image(file).shape == (64, 32, 3), "which PIL decodes without a word"
 
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'Report', 'verify']
 
-# %% ../../nbs/53_dataset_checker.ipynb #6a0580db
-import io, os, warnings
+# %% ../../nbs/53_dataset_checker.ipynb #3f60121c
+import os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import UserError, one_of
-from .cache import decode, in_parallel, open_image
+from .cache import decode, in_parallel
 from .files import AGAIN, collect, complain, dataset_root, is_image, list_folder, read_bytes
 from .permutations import read_permutations
 from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS
@@ -71,16 +71,14 @@ def _check_sysu(root):
     counts["single-shot gallery, indoor-search"] = int(drawn.isin((1, 2)).sum())
     return t, counts
 
-# %% ../../nbs/53_dataset_checker.ipynb #e224c76d
+# %% ../../nbs/53_dataset_checker.ipynb #387804a8
 def _check_regdb(root):
     "(images, counts)"
-    rows, lists = set(), {}
-    for trial in range(1, 11):
-        for path, pid, cam, modality, split in regdb_images(root, trial):
-            name = f"idx/{split}_{'visible' if cam == 1 else 'thermal'}_{trial}.txt"
-            lists[name] = lists.get(name, 0) + 1
-            rows.add((path, pid, cam, modality, "listed"))
-    t = _frame(sorted(rows))
+    import pandas as pd
+    t = pd.concat([_frame(regdb_images(root, trial)).assign(trial=trial) for trial in range(1, 11)])
+    lists = {f"idx/{split}_{('visible', 'thermal')[cam - 1]}_{trial}.txt": n
+             for (split, cam, trial), n in t.groupby(["split", "cam", "trial"]).size().items()}
+    t = t.drop_duplicates(["path", "pid"])
     both = t.groupby(["pid", "modality"]).size().unstack(fill_value=0)
     counts = {"identities": len(both), **{f"{m} images": len(t[t.modality == m]) for m in MODALITIES},
               "identities with 10 + 10 images": int((both == 10).all(axis=1).sum()),
@@ -106,21 +104,12 @@ def _walk(folder):
         elif entry.is_dir() and not here.is_relative_to(os.path.realpath(entry.path)):
             yield from _walk(entry.path)
 
-# %% ../../nbs/53_dataset_checker.ipynb #a7d5f1fd
-def _ended(data):
-    "Whether a JPEG or PNG has its end; other kinds do not say."
-    if data[:2] != b"\xff\xd8": return data[:2] == b"\x89P" and b"IEND" in data[-64:]
-    at = 2
-    while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda":  # fill byte, or part of the header
-        at += 1 if data[at + 1:at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2:at + 4], "big")
-    return b"\xff\xd9" in data[at:]
-
-def _check_image(file, deep):
-    "A `UserError` if an image cannot be used; decoded if its end is missing or unmarked, or if `deep`."
+# %% ../../nbs/53_dataset_checker.ipynb #6ccd295c
+def _check_image(file):
+    "A `UserError` if an image cannot be used."
     data = read_bytes(file)
-    open_image(file, io.BytesIO(data))
-    if deep or not _ended(data): decode(data, file)
-    if data[:2] == b"\xff\xd8" and not _ended(data):
+    decode(data, file)
+    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
         raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
 
 # %% ../../nbs/53_dataset_checker.ipynb #c064776b
@@ -152,20 +141,19 @@ class Report:
         return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=self.checks.to_dict("records"),
                     problems=problems, notes=self.notes)
 
-# %% ../../nbs/53_dataset_checker.ipynb #7fbb555e
+# %% ../../nbs/53_dataset_checker.ipynb #c87f48cd
 def _table(counts, expected):
     "The table of a report; nothing is known of a count that is not among those `expected`."
     import pandas as pd
-    lists = {what: 2060 for what in counts if what.startswith("idx/")} if expected else {}
-    known = [(what, (lists | expected).get(what), n) for what, n in counts.items()]
+    known = [(what, expected.get(what, 2060 if expected else None), n)       # 2060: a list of RegDB's
+             for what, n in counts.items()]
     t = pd.DataFrame(known, columns=["what", "expected", "found"], dtype=object)
     return t.assign(ok=[want in (None, n) for _, want, n in known])
 
-# %% ../../nbs/53_dataset_checker.ipynb #6790c922
+# %% ../../nbs/53_dataset_checker.ipynb #29f8a501
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
-    deep=False,         # decode every image, instead of its header and end
     permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`, to name every folder with a wrong count
     workers=None,       # threads; None: one a core
 ):                      # `Report`
@@ -186,7 +174,7 @@ def verify(
         for path in sorted(images - known) if list_folder(root / "idx") is not None else ():
             complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
     files = sorted(images | known)  # a list may name what a walk does not take for an image
-    problems += in_parallel(lambda i: _check_image(root / files[i], deep), len(files), "verify", workers)
+    problems += in_parallel(lambda i: _check_image(root / files[i]), len(files), "verify", workers)
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")

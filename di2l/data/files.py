@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from ..console import UserError
 
-# %% ../../nbs/52_dataset_files.ipynb #d8f7d314
+# %% ../../nbs/52_dataset_files.ipynb #459dcccf
 AGAIN = "copy it again from the dataset's archive"
 _collected = ContextVar("problems", default=None)
 
@@ -26,9 +26,7 @@ def collect():
     try: yield problems
     finally: _collected.reset(token)
 
-def complain(
-    message,  # what was found, what was expected, what to do
-):
+def complain(message):
     "A mistake in the dataset: an exception for a reader, a line for the checker."
     problems = _collected.get()
     if problems is None: raise UserError(message) from None
@@ -55,12 +53,9 @@ def list_folder(folder):
     for e in odd: complain(f"{e.path}: its name is no UTF-8 ({os.fsencode(e.name)!r}); rename it")
     return [e for e in found if e not in odd and not _JUNK.match(e.name)]
 
-# %% ../../nbs/52_dataset_files.ipynb #6d5c65a6
-def dataset_root(
-    root,    # folder given by the user
-    *needs,  # folders that the dataset has at its top
-):           # the folder, a `Path`
-    "The folder, if it looks like the dataset; otherwise what is missing, and where it seems to be."
+# %% ../../nbs/52_dataset_files.ipynb #631d35ea
+def dataset_root(root, *needs):  # a `Path`
+    "The folder, if it has what a dataset `needs` at its top; otherwise what is missing, and where it may be."
     root, wanted = Path(root).expanduser(), ", ".join(needs)
     if not os.path.isdir(root): raise UserError(f"{root}: is no folder; give the folder that holds {wanted}")
     missing = [n for n in needs if not os.path.isdir(root / n)]
@@ -71,7 +66,7 @@ def dataset_root(
     for n in missing: complain(f"{root / n}: is missing; check that the archive was unpacked completely")
     return root
 
-# %% ../../nbs/52_dataset_files.ipynb #46069716
+# %% ../../nbs/52_dataset_files.ipynb #b9e8d97d
 def _numbered(root, parent, pattern, left):
     "(number, path) of the folders whose name fits; the rest of what is there goes to `left`."
     for entry in list_folder(root / parent) or ():
@@ -79,11 +74,8 @@ def _numbered(root, parent, pattern, left):
         if name and os.path.isdir(entry.path): yield int(name[1]), path
         else: left.append(path)
 
-def camera_images(
-    root,       # of the dataset
-    parent="",  # folder of the cameras' folders, relative to it
-):              # list of (path, camera, identity)
-    "Every `cam<number>/<identity>/<image>` below a folder."
+def camera_images(root, parent=""):  # list of (path, camera, identity)
+    "Every `cam<number>/<identity>/<image>` in the folder `parent` of a dataset."
     left, found = [], []
     for cam, folder in _numbered(root, parent, r"cam(\d{1,9})", left if parent else []):
         folders = {}
@@ -122,16 +114,14 @@ def _parsed(path, parse):
     except Exception as e: return complain(f"{path}: is no split file as distributed ({e!r}); {AGAIN}") or ()
     return found if any(found) else complain(f"{path}: lists nothing; {AGAIN}") or ()
 
-# %% ../../nbs/52_dataset_files.ipynb #044221b1
+# %% ../../nbs/52_dataset_files.ipynb #d1e0aba5
 def _mat_ids(data):
     "The variable `id` of a .mat file, as text."
     from scipy.io import loadmat
     return [str(i).removesuffix(".0") for i in loadmat(io.BytesIO(data))["id"].ravel()]
 
-def read_ids(
-    path,  # `.txt`, or `.mat` with the variable `id`
-):         # identities, sorted
-    "The identities of a split."
+def read_ids(path):  # sorted
+    "The identities of a split: a `.txt`, or a `.mat` with the variable `id`."
     path, ids = Path(path), set()
     text = lambda data: re.findall(r"[^,\s]+", data.decode("utf-8-sig"))
     for word in _parsed(path, _mat_ids if path.suffix == ".mat" else text):
@@ -139,12 +129,9 @@ def read_ids(
         else: complain(f"{path}: {word!r} is no identity; expected whole numbers, such as 6,10,17")
     return sorted(ids)
 
-# %% ../../nbs/52_dataset_files.ipynb #e1919ff4
-def sysu_splits(
-    root,  # of SYSU-MM01
-    seen,  # set of (identity, modality) on disk
-):         # {identity: split}
-    "The official split."
+# %% ../../nbs/52_dataset_files.ipynb #6515ade1
+def sysu_splits(root, seen):  # {identity: split}
+    "The official split of SYSU-MM01; `seen`: set of (identity, modality) on disk."
     both = {pid for pid, _ in seen if {(pid, "visible"), (pid, "infrared")} <= seen}
     split, files = {}, {s: root / f"exp/{s}_id.txt" for s in ("train", "val", "test")}
     for s, file in files.items():
@@ -157,7 +144,7 @@ def sysu_splits(
         else: split[pid] = s
     return split if "val" in files else {p: "val" for p in both} | split
 
-# %% ../../nbs/52_dataset_files.ipynb #953e8f57
+# %% ../../nbs/52_dataset_files.ipynb #47304306
 def _pairs(file):
     "(folder, image, label) of each line that makes sense."
     lines = lambda data: [line.strip() for line in data.decode("utf-8-sig").splitlines()]
@@ -171,12 +158,8 @@ def _pairs(file):
             complain(f"{file}: line {number} names {path!r}, which leads out of the dataset's folder")
         else: yield "/".join(parts[:-1]), parts[-1], int(label)
 
-def read_list(
-    root,        # of the dataset
-    name,        # of the list, relative to it
-    other=None,  # folder of the other modality: two lists that were exchanged name it
-):               # [(path, label)], paths relative to the root
-    "A list of images."
+def read_list(root, name, other=None):  # [(path, label)], paths relative to the root
+    "A list of images; one that names the folder of the `other` modality was exchanged with its list."
     file, found, folders = Path(root, name), {}, {}
     for folder, image, label in _pairs(file):
         if folder not in folders:

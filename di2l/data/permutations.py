@@ -10,27 +10,20 @@ import numpy as np
 
 from ..console import UserError
 
-# %% ../../nbs/74_permutations.ipynb #53bb7543
-def draw_gallery(
-    candidates,  # table to choose from: pid, cam, and frame where there is one
-    shots,       # images of each identity and camera
-    seed,        # of the draws
-    trial,       # 0, 1, …
-):               # rows, sorted
-    "`shots` images of each identity and camera at random, all where there are fewer."
+# %% ../../nbs/74_permutations.ipynb #85dd61b5
+def draw_gallery(candidates, shots, seed, trial):  # rows, sorted
+    "`shots` images of each identity and camera of a table at random, all where there are fewer."
     drawn = np.empty(len(candidates))
     line = np.lexsort([candidates[k].to_numpy() for k in ("frame", "pid", "cam") if k in candidates])
     drawn[line] = np.random.default_rng((seed, trial)).random(len(line))
     near = candidates.assign(drawn=drawn).sort_values("drawn").groupby(["pid", "cam"]).head(shots)
     return np.sort(near.index.to_numpy())
 
-# %% ../../nbs/74_permutations.ipynb #5d51c798
+# %% ../../nbs/74_permutations.ipynb #38ff6b07
 _SOURCE = "rand_perm_cam.mat from SYSU-MM01's authors (wuancong/SYSU-MM01, evaluation/data_split)"
 
-def read_permutations(
-    path,  # `rand_perm_cam.mat` of SYSU-MM01's authors
-):         # [camera − 1][identity − 1] → permutations of 1…n, `(trials, n)`
-    "The official gallery draws."
+def read_permutations(path):  # [camera − 1][identity − 1] → permutations of 1…n, `(trials, n)`
+    "The official gallery draws: `rand_perm_cam.mat` of SYSU-MM01's authors."
     from scipy.io import loadmat
     try: table = [[cell[0] for cell in cam[0]] for cam in loadmat(str(path))["rand_perm_cam"]]
     except Exception as e:
@@ -42,14 +35,9 @@ def read_permutations(
                             f"rows that are permutations of 1…{order.shape[-1]}; get {_SOURCE}")
     return table
 
-# %% ../../nbs/74_permutations.ipynb #c56d276e
-def official_galleries(
-    candidates,    # table to choose from: pid, cam, frame
-    shots,         # images of each identity and camera
-    permutations,  # path of `rand_perm_cam.mat`
-    trials,        # 1…10
-):                 # rows of each trial, sorted
-    "The galleries that SYSU-MM01's authors drew."
+# %% ../../nbs/74_permutations.ipynb #39ed63a2
+def official_galleries(candidates, shots, permutations, trials):  # rows of each trial, sorted
+    "The galleries that SYSU-MM01's authors drew from a table; `permutations`: path of their file."
     table, chosen = read_permutations(permutations), [[] for _ in range(trials)]
     for (cam, pid), group in candidates.sort_values("frame").groupby(["cam", "pid"]):
         known = 1 <= cam <= len(table) and 1 <= pid <= len(table[cam - 1])

@@ -51,16 +51,14 @@ def _table(rows, root):
     t["frame"] = t.groupby(["pid", "cam", "modality", t.path.str.rpartition("/")[0]]).cumcount() + 1
     return t.astype({"pid": "int64", "cam": "int64", "frame": "int64"})[COLUMNS]
 
-# %% ../../nbs/01_data.ipynb #3f4e7536
+# %% ../../nbs/01_data.ipynb #40260dad
 SYSU_CAMERAS = {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"}
 
 FOLDERS = {"sysu": [f"cam{c}" for c in SYSU_CAMERAS],  # that a dataset has at its top
            "regdb": ["Visible", "Thermal", "idx"],
            "llcm": ["vis", "nir", "test_vis", "test_nir", "idx"]}
 
-def sysu_images(
-    root,  # folder
-):         # rows; split None for identities in no list
+def sysu_images(root):         # rows; split None for identities in no list
     "Every image of SYSU-MM01: `cam1/0001/0001.jpg`."
     found = [(path, pid, cam, SYSU_CAMERAS[cam])
              for path, cam, pid in camera_images(root) if cam in SYSU_CAMERAS]
@@ -74,7 +72,7 @@ def read_sysu(
     root = dataset_root(root, *FOLDERS["sysu"])
     return Dataset("sysu", root, _table(sysu_images(root), root))
 
-# %% ../../nbs/01_data.ipynb #b9deea15
+# %% ../../nbs/01_data.ipynb #521eff48
 def _identity(path, label):
     "The identity of a listed image: its folder's number; without one, the label."
     folder = PurePosixPath(path).parent.name
@@ -86,10 +84,7 @@ def _apart(rows, root, where):
     for pid in sorted(both): complain(f"{root}/idx: identity {pid} is in training and test {where}; {AGAIN}")
     return rows
 
-def regdb_images(
-    root,   # folder
-    trial,  # 1…10
-):          # rows
+def regdb_images(root, trial):  # rows
     "Every image of one of RegDB's ten splits: `Visible/1/….bmp`, `Thermal/1/….bmp`."
     rows = []
     kinds = (1, "visible", "Visible", "Thermal"), (2, "infrared", "Thermal", "Visible")
@@ -108,7 +103,7 @@ def read_regdb(
     root = dataset_root(root, *FOLDERS["regdb"])
     return Dataset("regdb", root, _table(regdb_images(root, trial), root), trial)
 
-# %% ../../nbs/01_data.ipynb #cf9b7c5d
+# %% ../../nbs/01_data.ipynb #17832525
 def _llcm_listed(root, kind, modality, other):
     "Rows of `idx/train_vis.txt` or `idx/train_nir.txt`."
     for path, label in read_list(root, f"idx/train_{kind}.txt", other):
@@ -116,9 +111,7 @@ def _llcm_listed(root, kind, modality, other):
         if cam: yield path, _identity(path, label), int(cam[1]), modality, "train"
         else: complain(f"{root / path}: does not say its camera; expected a name such as 0001_c01_…_vis.jpg")
 
-def llcm_images(
-    root,  # folder
-):         # rows; split None for identities that are not in `idx/test_id.txt`
+def llcm_images(root):         # rows; split None for identities that are not in `idx/test_id.txt`
     "Every image of LLCM."
     rows, tested = [], set(read_ids(root / "idx/test_id.txt"))
     for modality, kind, other in ("visible", "vis", "nir"), ("infrared", "nir", "vis"):
@@ -179,14 +172,12 @@ def _identity_order(rng, K, ids, repeats):
         order = np.concatenate([order, fresh])
     return order.reshape(-1, ids)
 
-# %% ../../nbs/01_data.ipynb #878d602f
-def _served_before(order, repeats):
+# %% ../../nbs/01_data.ipynb #43938999
+def _served_before(order):
     "How often the identity at each place of `order` was served before (steps, ids)."
-    flat = order.ravel()
-    by_identity = np.argsort(flat, kind="stable")  # all places of identity 0, then of 1, …
-    served = np.empty_like(flat)
-    served[by_identity] = np.arange(len(flat)) % repeats
-    return served.reshape(order.shape)
+    import pandas as pd
+    flat = pd.Series(order.ravel())
+    return flat.groupby(flat).cumcount().to_numpy().reshape(order.shape)
 
 # %% ../../nbs/01_data.ipynb #ba63cae0
 class _Images:
@@ -223,7 +214,7 @@ def _check_sampling(ids, visible, infrared, rank, world):
     if ids % world:
         raise UserError(f"ids = {ids} cannot be shared by {world} processes; give a multiple of {world}")
 
-# %% ../../nbs/01_data.ipynb #7164c8e3
+# %% ../../nbs/01_data.ipynb #de663b99
 class IdentitySampler:
     "Batches of `ids` identities × (`visible` + `infrared` images); every identity equally often in an epoch."
     def __init__(
@@ -232,7 +223,6 @@ class IdentitySampler:
         visible=4,      # visible images of each
         infrared=4,     # infrared images of each
         seed=0,         # of the order
-        repeats=None,   # servings of each identity; None: until the larger modality was seen about once
         rank=0,         # this process
         world=1,        # number of processes that share each batch
     ):
@@ -243,9 +233,7 @@ class IdentitySampler:
                                                  f"batch needs {ids}; give a smaller ids or more data")
         self.images = [(_Images(records, self.pids, m), n) for m, n in zip(MODALITIES, self.counts)]
         unit = ids // np.gcd(ids, len(self.pids))  # servings that fill whole batches
-        if repeats is None: units = max(1, round(max(i.count.mean() / n for i, n in self.images) / unit))
-        else: whole(1, repeats=repeats); units = -(-repeats // unit)
-        self.repeats = int(unit * units)
+        self.repeats = int(unit * max(1, round(max(i.count.mean() / n for i, n in self.images) / unit)))
 
     def __len__(self): return len(self.pids) * self.repeats // self.ids      # steps of an epoch
 
@@ -259,7 +247,7 @@ class IdentitySampler:
         "All batches of an epoch, from the seed and the epoch's number alone."
         rng = np.random.default_rng((self.seed, e))
         order = _identity_order(rng, len(self.pids), self.ids, self.repeats)           # (steps, ids)
-        served, part = _served_before(order, self.repeats), self.ids // self.world
+        served, part = _served_before(order), self.ids // self.world
         mine = slice(self.rank * part, (self.rank + 1) * part)
         rows = [i.serve(rng, order, served, n).reshape(len(order), self.ids, n) for i, n in self.images]
         return list(zip(*(r[:, mine].reshape(len(order), -1) for r in rows)))
