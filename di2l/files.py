@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['sync_folder', 'write_synced', 'write_whole', 'locked', 'read_json', 'sha256', 'versions']
 
-# %% ../nbs/51_files.ipynb #432c725f
-import hashlib, json, os, tempfile
+# %% ../nbs/51_files.ipynb #f1a64862
+import fcntl, hashlib, json, os, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 from .console import UserError
 
-# %% ../nbs/51_files.ipynb #e6d98b7d
+# %% ../nbs/51_files.ipynb #9d44073b
 def sync_folder(folder):
-    "Force a folder's entries to the disk (Windows knows no such thing)."
-    if os.name == "nt": return
+    "Force a folder's entries to the disk."
     fd = os.open(folder, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -41,23 +40,15 @@ def write_whole(path, data):
         raise
     sync_folder(path.parent)
 
-# %% ../nbs/51_files.ipynb #91be8686
-def _hold(fd, wait):
-    "Lock an open file; `BlockingIOError` or `PermissionError` if another process has it."
-    try: import fcntl
-    except ImportError:                                                      # Windows
-        import msvcrt
-        msvcrt.locking(fd, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    else: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
+# %% ../nbs/51_files.ipynb #09352c18
 @contextmanager
 def locked(path, wait=True, busy="is in use"):
     "Hold the lock of a file inside the `with`; without `wait` an error says that its folder is `busy`."
-    try: fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try: fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as e: raise UserError(f"{path}: cannot be opened as a lock ({e}); remove it") from None
     with open(fd, "rb+"):
-        try: _hold(fd, wait)
-        except (BlockingIOError, PermissionError):
+        try: fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
             raise UserError(f"{Path(path).parent} {busy}; wait for it, or take another folder") from None
         except OSError: pass                                                 # a file system without locks
         yield

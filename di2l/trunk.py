@@ -29,12 +29,9 @@ def _resnet10(weights=None, width=32):
         if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
     return net
 
-# %% ../nbs/55_trunk.ipynb #565dc8a6
-def build_trunk(
-    backbone="resnet50",  # one of `BACKBONES`
-    weights=None,         # "imagenet", or None for a random start
-):                        # the network, its last stage at stride 1
-    "A residual network whose stage 4 keeps the resolution of stage 3."
+# %% ../nbs/55_trunk.ipynb #b90ef590
+def build_trunk(backbone="resnet50", weights=None):  # the network, its last stage at stride 1
+    "One of `BACKBONES` whose stage 4 keeps the resolution of stage 3; weights: 'imagenet', or None, random."
     import torchvision
     one_of(BACKBONES, backbone=backbone)
     one_of((None, "imagenet"), weights=weights)

@@ -535,13 +535,6 @@ def test_a_finished_cache_beside_read_only_data_is_used(copy, tmp_path, monkeypa
     with pytest.warns(UserWarning), pytest.raises(UserError, match="set XDG_CACHE_HOME"): cache_images(data, (48, 24))
 
 
-@pytest.mark.parametrize("workers", [0, -1])
-def test_no_threads_are_no_number_of_threads(copy, tmp_path, workers):
-    data = read("regdb", copy("regdb"))
-    with pytest.raises(UserError, match=f"workers = {workers}: expected a whole number, 1 or more"): cache_images(data, (40, 24), tmp_path, workers=workers)
-    with pytest.raises(UserError, match="1 or more"): verify("regdb", data.root, workers=workers)
-
-
 def test_a_cache_that_shrinks_while_open_is_said(copy, tmp_path):
     cache = cache_images(read("regdb", copy("regdb")), (40, 24), tmp_path)
     os.truncate(cache.path, cache.pixels.offset + 40 * 24 * 3)

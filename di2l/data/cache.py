@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['decode', 'read_image', 'in_parallel', 'ImageCache', 'cache_images']
 
-# %% ../../nbs/54_image_cache.ipynb #48a2b14a
+# %% ../../nbs/54_image_cache.ipynb #8396852e
 import hashlib, io, json, math, os, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..console import UserError, progress, whole
+from ..console import UserError, progress
 from .files import AGAIN, read_bytes
 from ..files import locked, sha256, write_whole
 
@@ -52,14 +52,13 @@ def read_image(file, size=None):
     "One image file as RGB, (H, W, 3) uint8."
     return decode(read_bytes(file), file, size)
 
-# %% ../../nbs/54_image_cache.ipynb #006dd656
-def in_parallel(work, n, desc, workers=None):
+# %% ../../nbs/54_image_cache.ipynb #9c0eef3e
+def in_parallel(work, n, desc):
     "Call `work(i)` for each of 0…n−1 in threads; returns the messages of its `UserError`s, sorted."
-    if workers is not None: whole(1, workers=workers)
     def problem(i):
         try: work(i)
         except UserError as e: return str(e)
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         return sorted(filter(None, progress(pool.map(problem, range(n)), desc, n, "image")))
 
 # %% ../../nbs/54_image_cache.ipynb #9f84e713
@@ -116,7 +115,7 @@ def _content_hash(data):
     "What tells two image files apart, 16 bytes."
     return hashlib.blake2b(data, digest_size=16).digest()
 
-# %% ../../nbs/54_image_cache.ipynb #c7f5f8f9
+# %% ../../nbs/54_image_cache.ipynb #ccd1eb1b
 def _write_at(file, data, place):
     "Write into an open file; threads do not move each other's place."
     data = memoryview(data).cast("B")
@@ -124,7 +123,7 @@ def _write_at(file, data, place):
         n = os.pwrite(file, data, place)
         data, place = data[n:], place + n
 
-def _build(root, paths, size, partial, workers):
+def _build(root, paths, size, partial):
     "Decode every image into the file `partial`; hashes of the image files (N, 16)."
     shape, hashes = (len(paths), *size, 3), np.empty((len(paths), 16), np.uint8)
     start, each = np.lib.format.open_memmap(partial, "w+", np.uint8, shape).offset, math.prod(shape[1:])
@@ -134,7 +133,7 @@ def _build(root, paths, size, partial, workers):
         hashes[i] = np.frombuffer(_content_hash(data), np.uint8)
         _write_at(store.fileno(), np.ascontiguousarray(decode(data, file, size)), start + i * each)
     with open(partial, "r+b") as store:
-        bad = in_parallel(one, len(paths), "cache", workers)
+        bad = in_parallel(one, len(paths), "cache")
         os.fsync(store.fileno())
     if bad: raise UserError("\n".join([f"{len(bad)} of {len(paths)} images cannot be used:", *bad]))
     return hashes
@@ -168,21 +167,21 @@ def _finished(index, root, paths, size):
     if len(touched) and os.access(index.parent, os.W_OK): _write_index(index, now, hashes, store)
     return store, hashes
 
-# %% ../../nbs/54_image_cache.ipynb #983fe57e
-def _write(index, root, paths, size, workers):
+# %% ../../nbs/54_image_cache.ipynb #1811af1e
+def _write(index, root, paths, size):
     "(file, hashes) of a new cache: what stands under the final name is whole."
     for kind in ".partial", ".tmp":                                          # what others left
         for f in index.parent.glob(f"*{index.stem}*{kind}"): f.unlink()
     before = _stamps(root, paths)
     store = index.with_name(f"{index.stem}-{_content_hash(before.tobytes())[:6].hex()}.npy")
-    hashes = _build(root, paths, size, store.with_suffix(".partial"), workers)
+    hashes = _build(root, paths, size, store.with_suffix(".partial"))
     store.with_suffix(".partial").replace(store)
     _write_index(index, before, hashes, store)
     for old in index.parent.glob(f"{index.stem}-*.npy"):
         if old != store: old.unlink()
     return store, hashes
 
-# %% ../../nbs/54_image_cache.ipynb #bec56d1a
+# %% ../../nbs/54_image_cache.ipynb #56058554
 def _folder(dataset):
     "Where the cache of a dataset is kept."
     beside = Path(dataset.root) / ".di2l_cache"
@@ -195,7 +194,6 @@ def cache_images(
     dataset,          # whose images are needed
     size=(288, 144),  # (H, W) in pixels
     folder=None,      # where to keep the cache; None: beside the images, or in the user's cache folder
-    workers=None,     # threads that decode; None: one a core
 ):                    # `ImageCache`, one row a record
     "Every image decoded and resized once; later calls open what is there, unless a file has changed."
     records, size = dataset.records if dataset.source is None else dataset.source, tuple(map(int, size))
@@ -209,7 +207,7 @@ def cache_images(
         try:
             index.parent.mkdir(parents=True, exist_ok=True)
             with locked(index.with_suffix(".lock")):
-                found = _finished(index, *wanted) or _write(index, *wanted, workers)
+                found = _finished(index, *wanted) or _write(index, *wanted)
         except OSError as e: raise UserError(f"{e.filename or index.parent}: {e.strerror}; free some space, "
                                              "or set XDG_CACHE_HOME to another folder") from None
     rows = np.searchsorted(wanted[1], dataset.records.path)

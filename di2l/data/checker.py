@@ -150,12 +150,11 @@ def _table(counts, expected):
     t = pd.DataFrame(known, columns=["what", "expected", "found"], dtype=object)
     return t.assign(ok=[want in (None, n) for _, want, n in known])
 
-# %% ../../nbs/53_dataset_checker.ipynb #29f8a501
+# %% ../../nbs/53_dataset_checker.ipynb #b408581d
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
     permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`, to name every folder with a wrong count
-    workers=None,       # threads; None: one a core
 ):                      # `Report`
     "Everything that is missing, unreadable, truncated or misplaced, and the counts beside those known."
     one_of(FOLDERS, dataset=name)
@@ -174,7 +173,7 @@ def verify(
         for path in sorted(images - known) if list_folder(root / "idx") is not None else ():
             complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
     files = sorted(images | known)  # a list may name what a walk does not take for an image
-    problems += in_parallel(lambda i: _check_image(root / files[i]), len(files), "verify", workers)
+    problems += in_parallel(lambda i: _check_image(root / files[i]), len(files), "verify")
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from ..files import read_json, sha256
 
-# %% ../../nbs/81_code.ipynb #b6982a81
-def source_digest(
-    source,  # Python text
-):           # 12 hexadecimal digits
+# %% ../../nbs/81_code.ipynb #a2e44415
+def source_digest(source):  # 12 hexadecimal digits
     "A name for what a text computes: equal for two that differ in comments, docstrings or layout only."
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -25,7 +23,7 @@ def source_digest(
         if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str): body.pop(0)
     return sha256(ast.dump(tree))[:12]
 
-# %% ../../nbs/81_code.ipynb #f9383872
+# %% ../../nbs/81_code.ipynb #26d8c738
 ENGINE = ("di2l.train", "di2l.results.record", "di2l.synthetic.benchmark")
 IDLE = tuple("di2l." + name for name in (
     "console", "files", "runs.folder", "runs.log", "runs.config", "retrieval.looking", "retrieval.checks"))
@@ -42,9 +40,7 @@ def _imports(module):
         if name.startswith("di2l."): found.add(name)
     return found
 
-def deciding_modules(
-    method,  # class of a method
-):           # names of modules, sorted
+def deciding_modules(method):  # names of modules, sorted
     "Modules of the package whose source decides the outcome of a method's run."
     own = {c.__module__ for c in method.__mro__ if c.__module__.startswith("di2l.")}
     waiting, found = [*own, *ENGINE], set()
@@ -55,21 +51,17 @@ def deciding_modules(
         waiting += _imports(module)
     return sorted(found)
 
-# %% ../../nbs/81_code.ipynb #db1280c7
+# %% ../../nbs/81_code.ipynb #f606ab63
 @cache
 def _digest(module): return source_digest(_path(module).read_text(encoding="utf-8"))
 
-def code_of(
-    method,  # class of a method
-):           # {module: 12 hexadecimal digits}, and torch's version
+def code_of(method):  # {module: 12 hexadecimal digits}, and torch's version
     "The code that decides the outcome of a method's run."
     return {m: _digest(m) for m in deciding_modules(method)} | dict(torch=version("torch").split("+")[0])
 
-# %% ../../nbs/81_code.ipynb #5164c39a
-def code_digest(
-    code,  # {module: digest} of `code_of`
-):         # 12 hexadecimal digits
-    "One name for the code that decides the outcome of a method's run."
+# %% ../../nbs/81_code.ipynb #208367c9
+def code_digest(code):  # 12 hexadecimal digits
+    "One name for what `code_of` found."
     return sha256(json.dumps(code, sort_keys=True))[:12]
 
 @cache
@@ -79,10 +71,7 @@ def shown_equal():
     changes = read_json(path, "take it from the repository")["changes"] if path.exists() else []
     return {after: before for change in changes for after, before in change["equal"].items()}
 
-def first_code(
-    digest,  # of a code
-    equal,   # {digest: an earlier one}
-):           # digest
-    "The first of the codes that were shown to compute the same."
+def first_code(digest, equal):
+    "Digest of the first of the codes that were shown to compute the same; `equal`: {digest: an earlier one}."
     while digest in equal: digest = equal[digest]
     return digest

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['write_gallery', 'gallery_on_record', 'read_gallery']
 
-# %% ../../nbs/70_gallery.ipynb #de959124
+# %% ../../nbs/70_gallery.ipynb #2c95620f
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from ..console import UserError
 from ..data.cache import read_image
-from ..eval import evaluate_protocol, llcm_protocol, regdb_protocol, skip_rule, sysu_protocol
+from ..eval import evaluate, llcm_protocol, regdb_protocol, skipped_by, sysu_protocol
 from ..files import read_json, write_whole
 from .record import part_attention, record_path, tidy
 from ..retrieval.features import distances
@@ -33,33 +32,23 @@ def _chosen_queries(ap, pids, each=2):
                 seen.add(pids[i])
     return out
 
-# %% ../../nbs/70_gallery.ipynb #4f3b109a
-def _ranked_rows(features, records, protocol, positions, top):
-    "What some queries find first in the first trial's gallery: rows and distances, each `(Q,top)`."
-    rows, skip = np.asarray(protocol.galleries[0]), skip_rule(protocol.skip)
-    pid, cam, query = records.pid.to_numpy(), records.cam.to_numpy(), np.asarray(protocol.query)[positions]
-    dist = distances(features[query], features[rows])                                 # (Q,G)
-    if skip: dist[skip(pid[query, None], pid[None, rows], cam[query, None], cam[None, rows])] = np.inf
-    order = np.argsort(dist, axis=1, kind="stable")[:, :top]
-    return rows[order], np.take_along_axis(dist, order, 1)
-
-# %% ../../nbs/70_gallery.ipynb #aa911062
+# %% ../../nbs/70_gallery.ipynb #9c530f24
 _PROTOCOLS = dict(sysu=sysu_protocol, regdb=regdb_protocol, llcm=llcm_protocol)
 
-def _lines(dataset, features, protocol, top, first):
+def _lines(records, features, protocol, top, first):
     "The lines of one direction whose first tile is `first`, and the rows of the records that they show."
-    pid, lines, rows = dataset.records.pid.to_numpy(), [], []
-    single = replace(protocol, galleries=protocol.galleries[:1])
-    found = evaluate_protocol(features, dataset.records, single).trials[0].per_query
-    picks = _chosen_queries(np.where(found["counts"], found["ap"], np.nan), pid[protocol.query])
-    for kind, positions in picks.items():
-        ranked, dist = _ranked_rows(features, dataset.records, protocol, positions, top)
-        for i, near, far in zip(positions, ranked, dist):
-            query, tile = int(protocol.query[i]), first + len(rows)
+    query, gallery, lines, rows = protocol.query, protocol.galleries[0], [], []
+    who = pid, g_pid, *_ = [records[k].to_numpy()[at] for k in ("pid", "cam") for at in (query, gallery)]
+    dist, hidden = distances(features[query], features[gallery]), skipped_by(protocol.skip, *who)  # (Q,G)
+    found = evaluate(dist, *who, skip=protocol.skip).per_query
+    if hidden is not None: dist[hidden] = np.inf
+    for kind, picks in _chosen_queries(np.where(found["counts"], found["ap"], np.nan), pid).items():
+        for i in picks:
+            near, tile = np.argsort(dist[i], kind="stable")[:top], first + len(rows)
             lines.append(dict(kind=kind, ap=found["ap"][i], query=tile,
                               ranked=list(range(tile + 1, tile + 1 + len(near))),
-                              right=(pid[near] == pid[query]).tolist(), distance=far.tolist()))
-            rows += [query, *map(int, near)]
+                              right=(g_pid[near] == pid[i]).tolist(), distance=dist[i, near].tolist()))
+            rows += map(int, [query[i], *gallery[near]])
     return lines, rows
 
 # %% ../../nbs/70_gallery.ipynb #36701669
@@ -78,14 +67,14 @@ def _pixel_attention(net, images, records, rows):
     wide = {k: round((len(found[0]) * W / H) ** 0.5) for k, found in maps.items()}
     return dict(maps=maps, sizes={k: [len(maps[k][0]) // w, w] for k, w in wide.items()})
 
-# %% ../../nbs/70_gallery.ipynb #ea98fb1f
+# %% ../../nbs/70_gallery.ipynb #aae31ef6
 def write_gallery(name, record, net, dataset, images, features, results="results", top=10):
     "`results/galleries/NAME….png`, `.json`: what the queries of a recorded run find, `top` images each."
     from PIL import Image
     records, rows, directions, across = dataset.records, [], {}, 1 + top
     for direction in ("infrared→visible", "visible→infrared"):
         protocol = _PROTOCOLS[dataset.name](records, direction=direction)      # all-search, single-shot
-        directions[direction], shown = _lines(dataset, features, protocol, top, len(rows))
+        directions[direction], shown = _lines(records, features, protocol, top, len(rows))
         rows += shown
     tiles = np.stack([np.asarray(images.images[row]) for row in rows])         # (T,H,W,3)
     H, W = tiles.shape[1:3]

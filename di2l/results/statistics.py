@@ -42,14 +42,9 @@ def seed_noise(frame, metric="rank-1"):  # points
     "Standard deviation in a frame between training seeds of one experiment on the same data, pooled."
     return np.sqrt(frame.groupby(["name", "data_seed"])[metric].var().mean())
 
-# %% ../../nbs/71_statistics.ipynb #dc0a9c82
-def paired_differences(
-    frame,            # from `results_frame`, or with other columns beside its first three
-    name,             # an experiment
-    other=None,       # the difference is name − other; None: name's own values
-    metric="rank-1",  # column
-):                    # one a pair of runs, indexed by data_seed and seed; empty where there is none
-    "What one experiment has over another on the same data and training seeds."
+# %% ../../nbs/71_statistics.ipynb #4396e945
+def paired_differences(frame, name, other=None, metric="rank-1"):  # one a pair, by data_seed and seed
+    "What an experiment of a `results_frame` has over another on the same data and seeds; None: its values."
     wide = frame.pivot(index=["data_seed", "seed"], columns="name", values=metric)
     if other is None: return wide.reindex(columns=[name])[name].dropna()
     wide = wide.reindex(columns=[name, other]).dropna()

@@ -12,11 +12,11 @@ from pathlib import Path
 from ..console import UserError, progress
 from ..files import read_json, write_whole
 
-# %% ../../nbs/83_vouch.ipynb #a7ee6fde
+# %% ../../nbs/83_vouch.ipynb #86767a94
 _SHORT = """
-import hashlib, json, sys, tempfile
-from pathlib import Path
+import json, sys, tempfile
 from di2l import experiments as X
+from di2l.files import sha256
 from di2l.model import METHODS
 from di2l.results.code import code_digest, code_of
 from di2l.results.record import score
@@ -24,21 +24,16 @@ from di2l.runs.config import config
 from di2l.synthetic.benchmark import write_benchmark
 from di2l.train import train
 
-def short(name, folder, steps):
-    e = X.EXPERIMENTS[name]
-    layout = e.settings.get("dataset", "sysu")
-    root = write_benchmark(f"{folder}/data/{layout}", preset="tiny", layout=layout)
-    how = {**e.settings, "draws": "named", "precision": "fp32", "device": "cpu", "steps": steps}
-    run = train(config(e.preset, root=str(root), **how), Path(folder, name), quiet=True)
+e, steps = X.EXPERIMENTS[sys.argv[1]], int(sys.argv[2])
+how = {**e.settings, "draws": "named", "precision": "fp32", "device": "cpu", "steps": steps}
+with tempfile.TemporaryDirectory() as folder:
+    root = write_benchmark(f"{folder}/data", preset="tiny", layout=e.settings.get("dataset", "sysu"))
+    run = train(config(e.preset, root=str(root), **how), f"{folder}/run", quiet=True)
     outcome, _ = score(run)
-    outcome = {k: v for k, v in outcome.items() if k not in ("seconds", "versions", "device", "config")}
-    weights = hashlib.sha256(Path(run, "model.safetensors").read_bytes()).hexdigest()
-    return [weights, hashlib.sha256(json.dumps(outcome, sort_keys=True).encode()).hexdigest()]
-
-name, steps = sys.argv[1], int(sys.argv[2])
-with tempfile.TemporaryDirectory() as folder: found = short(name, folder, steps)
-method = X.EXPERIMENTS[name].settings.get("method", "di2l")
-print(json.dumps(dict(found=found, code=code_digest(code_of(METHODS[method])))))
+    weights = sha256((run / "model.safetensors").read_bytes())
+for name in ("seconds", "versions", "device", "config"): outcome.pop(name, None)
+code = code_digest(code_of(METHODS[e.settings.get("method", "di2l")]))
+print(json.dumps(dict(found=[weights, sha256(json.dumps(outcome, sort_keys=True))], code=code)))
 """
 
 def _short_run(root, name, steps):
@@ -49,15 +44,9 @@ def _short_run(root, name, steps):
     if done.returncode: raise UserError(f"{root}: {name} does not run there: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-# %% ../../nbs/83_vouch.ipynb #5e15d4ca
-def vouch(
-    before,             # folder of the code that the records were made with
-    after,              # folder of the code as it is
-    names,              # experiments, at least one for every method whose records are to stay
-    results="results",  # folder of the records
-    steps=6,            # of each run
-):                      # {digest of the code after: digest of the code before}, as entered
-    "Show that a change of the code changes nothing, and enter it; a `UserError` names what differs."
+# %% ../../nbs/83_vouch.ipynb #1af209ab
+def vouch(before, after, names, results="results", steps=6):  # {digest of the code after: of that before}
+    "Show that two folders' code gives the same runs of some experiments, and enter it, or what differs."
     equal = {}
     for name in progress(names, desc="short runs", unit="run"):
         old, new = (_short_run(Path(root).resolve(), name, steps) for root in (before, after))

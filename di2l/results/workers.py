@@ -37,7 +37,7 @@ def _work():
         print(f"{type(e).__name__}: {e}", file=sys.__stdout__)
         sys.exit(1)
 
-# %% ../../nbs/77_workers.ipynb #71ab44e4
+# %% ../../nbs/77_workers.ipynb #4fa48eaf
 def _one_by_one(jobs):
     "(position, error or None) of each job, in this process."
     for i, job in enumerate(jobs):
@@ -46,11 +46,8 @@ def _one_by_one(jobs):
         except Exception as e: yield i, f"{type(e).__name__}: {e}"
         else: yield i, None
 
-def side_by_side(
-    jobs,     # functions of a module without arguments, such as `partial(run, name="di2l")`
-    workers,  # processes at a time
-):            # yields (position of the job, error or None), in the order in which they end
-    "Do jobs in processes of their own; whatever ends this ends them, each after it has saved itself."
+def side_by_side(jobs, workers):  # yields (position of the job, error or None) as they end
+    "Do jobs, `partial`s of a module's functions, in so many processes; these end, and save, with this one."
     if workers == 1: return (yield from _one_by_one(jobs))
     waiting, running, threads = list(enumerate(jobs)), {}, max(1, (os.cpu_count() or 1) // workers)
     try:

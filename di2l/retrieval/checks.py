@@ -12,11 +12,9 @@ import torch
 
 from ..console import UserError, one_of
 
-# %% ../../nbs/75_checks.ipynb #e08ea339
-def as_array(
-    x,  # tensor, array or list
-):      # array; bfloat16, which NumPy lacks, as float32
-    "A tensor or whatever as an array."
+# %% ../../nbs/75_checks.ipynb #c1b50f9a
+def as_array(x):
+    "A tensor or whatever as an array; bfloat16, which NumPy lacks, as float32."
     if not isinstance(x, torch.Tensor): return np.asarray(x)
     return (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy()
 
@@ -49,23 +47,16 @@ def check_features(features, what="features", metric=None, rows=None):
                                        f"{', '.join(map(str, first))}); leave them out, or make them again")
     return x
 
-# %% ../../nbs/75_checks.ipynb #b2187f7d
-def check_distances(
-    dist,  # array or tensor
-):         # float32 or float64 `(Q,G)`
+# %% ../../nbs/75_checks.ipynb #a304de93
+def check_distances(dist):  # float32 or float64 `(Q,G)`
     "Finite distances."
     x = _matrix(dist, "dist", "queries, gallery")
     bad = np.flatnonzero(~np.isfinite(x).all(1))
     if len(bad): raise UserError(f"dist holds NaN or infinite values, first in row {bad[0]}")
     return x if x.dtype == np.float32 else x.astype(np.float64, copy=False)
 
-def check_both(
-    query,       # features `(Q,D)`
-    gallery,     # features `(G,D)`
-    metric,      # "euclidean" or "cosine"
-    *numbers,    # what messages call the rows of both by
-):               # both, checked
-    "Features of one length, and a metric that exists."
+def check_both(query, gallery, metric, *numbers):  # both, checked
+    "Features of one length, and a metric that exists; messages call the rows of both by their `numbers`."
     one_of(("euclidean", "cosine"), metric=metric)
     q_rows, g_rows = numbers or (None, None)
     query = check_features(query, "query features", metric, q_rows)
@@ -74,42 +65,32 @@ def check_both(
     raise UserError(f"features differ in length: query {query.shape[1]}, gallery {gallery.shape[1]}; "
                     "they must come from one network")
 
-# %% ../../nbs/75_checks.ipynb #154f3e9b
+# %% ../../nbs/75_checks.ipynb #de51f630
 DIRECTIONS = ("visible→infrared", "infrared→visible")
 
-def direction_of(
-    text,  # such as "visible→infrared", "thermal->visible"
-):         # one of `DIRECTIONS`
-    "The direction's one name: query → gallery."
+def direction_of(text):  # one of `DIRECTIONS`
+    "The one name, query → gallery, of a direction such as thermal->visible."
     name = text.lower().replace("->", "→").replace(" ", "").replace("thermal", "infrared")
     if name in DIRECTIONS: return name
     raise UserError(f"direction {text!r}; expected {' or '.join(DIRECTIONS)}: what is searched for → where")
 
-# %% ../../nbs/75_checks.ipynb #9d170ea9
-def candidates(
-    records,    # table with modality, and perhaps split
-    direction,  # one of `DIRECTIONS`
-):              # rows of `records` that are queries, and rows that galleries are drawn from
-    "Query and gallery candidates: test rows, where the table knows splits."
+# %% ../../nbs/75_checks.ipynb #17942155
+def candidates(records, direction):  # rows that are queries, rows that galleries are drawn from
+    "Query and gallery candidates of one of `DIRECTIONS`: test rows, where the table knows splits."
     tested = records[records.split == "test"] if "split" in records else records
     sides = [tested[tested.modality == m] for m in direction.split("→")]
     if all(map(len, sides)): return sides
     raise UserError(f"{direction}: {len(sides[0])} queries and {len(sides[1])} gallery images; give both")
 
-# %% ../../nbs/75_checks.ipynb #faec8a69
+# %% ../../nbs/75_checks.ipynb #106e9252
 def check_sysu_cameras(cams, what):
     "A `UserError` for cameras that SYSU-MM01 does not have."
     bad = np.flatnonzero((cams < 1) | (cams > 6))
     if len(bad): raise UserError(f"{what} {cams[bad[0]]} in row {bad[0]} is none of SYSU-MM01's cameras 1…6; "
                                  "correct cam, or choose another protocol or skip rule")
 
-def check_people(
-    sizes,  # number of queries and of gallery images
-    pids,   # identities of both
-    cams,   # cameras of both, or None
-    skip,   # the rule that goes by them
-):          # q_pids, g_pids, q_cams, g_cams: int64 arrays
-    "Identities and cameras as whole numbers; somebody is in both queries and gallery."
+def check_people(sizes, pids, cams, skip):  # q_pids, g_pids, q_cams, g_cams: int64 arrays
+    "Identities and cameras of queries and gallery as whole numbers that a skip rule can go by; some match."
     if skip in ("sysu", "llcm", "same") and any(c is None for c in cams):
         raise UserError(f"the skip rule {skip!r} goes by cameras; give q_cams and g_cams, or skip=None")
     values = [*pids, *(np.zeros(n) if c is None else c for c, n in zip(cams, sizes))]

@@ -15,11 +15,9 @@ from ..data.records import MODALITIES
 from ..eval import Protocol, Result, evaluate_protocol, llcm_protocol, regdb_protocol, sysu_protocol
 from .checks import check_sysu_cameras, check_both, check_features, whole_numbers
 
-# %% ../../nbs/67_feature_files.ipynb #9c7aebb9
-def read_features(
-    path,  # `.npz` of any program
-):         # features `(N,D)`, and a table of pid, cam and what else of frame and modality it holds
-    "A feature file."
+# %% ../../nbs/67_feature_files.ipynb #ffce1faa
+def read_features(path):  # features `(N,D)`, a table of pid, cam and what it holds of frame and modality
+    "An `.npz` of any program."
     import pandas as pd
     try:
         with np.load(path) as file:                        # only what is wanted: other arrays may be large
@@ -35,16 +33,12 @@ def read_features(
     if modality.shape == (N,): return features, pd.DataFrame({**table, "modality": modality})
     raise UserError(f"{path}: modality has shape {modality.shape}, expected ({N},)")
 
-# %% ../../nbs/67_feature_files.ipynb #9f04f6d6
+# %% ../../nbs/67_feature_files.ipynb #b4eb07af
 def feature_protocols(
     records,            # table of a feature file
     protocol="sysu",    # sysu, regdb or llcm
     direction=None,     # such as "infrared→visible"; None: the usual, or both
-    mode="all",         # SYSU-MM01: "all" or "indoor"
-    shots=1,            # SYSU-MM01: 1 or 10 gallery images for each identity and camera
-    permutations=None,  # SYSU-MM01's official rand_perm_cam.mat
-    seed=0,             # of drawn galleries
-    trials=10,          # galleries
+    **how,              # what else `sysu_protocol` or `llcm_protocol` takes: mode, shots, permutations, …
 ):                      # list of `Protocol`
     "What a feature file is to be scored by."
     one_of(("sysu", "regdb", "llcm"), protocol=protocol)
@@ -53,8 +47,7 @@ def feature_protocols(
             raise UserError("the features come without frame, by which SYSU-MM01's galleries are drawn; add "
                             "frame (N): the image's number within its identity-and-camera folder, from 1")
         check_sysu_cameras(records["cam"].to_numpy(), "camera")
-        direction = direction or "infrared→visible"
-        return [sysu_protocol(records, mode, shots, permutations, seed, trials, direction)]
+        return [sysu_protocol(records, direction=direction or "infrared→visible", **how)]
     if "modality" not in records:
         if protocol == "llcm" or not records["cam"].isin([1, 2]).all():
             raise UserError("the features come without modality, and cam does not tell it; "
@@ -62,18 +55,12 @@ def feature_protocols(
         records = records.assign(modality=np.where(records["cam"] == 2, "infrared", "visible"))
     for modality in records["modality"].unique(): one_of(MODALITIES, modality=modality)
     directions = [direction] if direction else ["infrared→visible", "visible→infrared"]
-    if protocol == "regdb": return [regdb_protocol(records, d) for d in directions]
-    return [llcm_protocol(records, d, seed, trials) for d in directions]
+    make = regdb_protocol if protocol == "regdb" else llcm_protocol
+    return [make(records, d, **how) for d in directions]
 
-# %% ../../nbs/67_feature_files.ipynb #1b4f661f
-def evaluate_files(
-    query,               # `.npz` of the queries
-    gallery,             # `.npz` of the gallery
-    skip=None,           # skip rule
-    metric="euclidean",  # "euclidean" or "cosine"
-    compare=None,        # after-step, as in `evaluate_protocol`
-):                       # `Result`
-    "The protocol \"any\": one file against another."
+# %% ../../nbs/67_feature_files.ipynb #95190cc3
+def evaluate_files(query, gallery, skip=None, metric="euclidean", compare=None):  # `Result`
+    "The protocol \"any\": one `.npz` against another; the rest as in `evaluate_protocol`."
     import pandas as pd
     (q, q_table), (g, g_table) = read_features(query), read_features(gallery)
     check_both(q, g, metric)
@@ -82,11 +69,9 @@ def evaluate_files(
     plan, table = Protocol(rows[0], rows[1:], about["skip"], about), pd.concat([q_table, g_table])
     return evaluate_protocol(np.concatenate([q, g]), table, plan, metric, compare)
 
-# %% ../../nbs/67_feature_files.ipynb #56dd5821
-def pool_trials(
-    results,  # list of `Result`, such as those of RegDB's ten splits, each of its own model
-):            # list of `Result`, one for each protocol
-    "Put results of one protocol together."
+# %% ../../nbs/67_feature_files.ipynb #e2a4a804
+def pool_trials(results):  # list of `Result`, one for each protocol
+    "Put results of one protocol together, such as those of RegDB's ten splits, each of its own model."
     groups, pooled = {}, []
     for r in results:
         groups.setdefault(str({k: v for k, v in r.about.items() if k != "trial"}), []).append(r)
@@ -98,10 +83,8 @@ def pool_trials(
         pooled.append(Result([t for r in rs for t in r.trials], rs[0].about | trial))
     return pooled
 
-# %% ../../nbs/67_feature_files.ipynb #68c84af4
-def report(
-    results,  # list of `Result`
-):            # text of one table
+# %% ../../nbs/67_feature_files.ipynb #272a6787
+def report(results):  # text of one table
     "What was measured, and one row a result."
     import pandas as pd
     from dataclasses import replace
@@ -111,8 +94,6 @@ def report(
     table = pd.DataFrame(rows).fillna("").to_string(index=False)
     return f"{replace(results[0], about=shared).title()}\n{table}"
 
-def results_json(
-    results,  # list of `Result`
-):            # dict of plain numbers
+def results_json(results):  # dict of plain numbers
     "What `--json` writes."
     return results[0].to_dict() | ({"results": [r.to_dict() for r in results]} if len(results) > 1 else {})

@@ -17,11 +17,9 @@ from ..files import sha256
 from ..rca import normalise
 from .checks import check_both
 
-# %% ../../nbs/76_features.ipynb #7448caae
-def torch_device(
-    name=None,  # such as cpu, cuda, cuda:1; None: CUDA where there is one, otherwise the processor
-):              # `torch.device`
-    "A device that is there and can compute."
+# %% ../../nbs/76_features.ipynb #b24a7e2b
+def torch_device(name=None):  # `torch.device`
+    "A device that is there and can compute: cpu, cuda, cuda:1 …; None: CUDA where there is one, else cpu."
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=name).cpu()
@@ -59,22 +57,15 @@ def extract_features(
         out[part] = found
     return out
 
-# %% ../../nbs/76_features.ipynb #e1125b15
-def features_table(
-    net,      # as in `extract_features`
-    images,   # `ImageCache`
-    records,  # all records
-    rows,     # those wanted
-    *how,     # device, batch
-    **named,  # flip
-):            # float32 `(len(records), D)`, zeros where nothing was asked for
-    "Features beside the records they belong to."
+# %% ../../nbs/76_features.ipynb #7fcef86c
+def features_table(net, images, records, rows, *how, **named):  # float32 `(len(records), D)`
+    "`extract_features` beside the records they belong to; zeros where nothing was asked for."
     found = extract_features(net, images, records, rows, *how, **named)
     features = np.zeros((len(records), found.shape[1]), np.float32)
     features[rows] = found
     return features
 
-# %% ../../nbs/76_features.ipynb #7dc624ee
+# %% ../../nbs/76_features.ipynb #f18a2aa8
 def _run_dataset(config, root=None):
     "The `Dataset` of a run's configuration, at `root` if it has moved; what was held out is its test."
     from di2l.data.records import hold_out, read_dataset
@@ -83,25 +74,19 @@ def _run_dataset(config, root=None):
     data = read_dataset(config["dataset"], root or config["root"], config.get("trial") or 1)
     return hold_out(data) if config.get("hold_out") else data
 
-def run_images(
-    info,       # what a run's `config.json` holds
-    root=None,  # folder of the dataset, where it is not the one trained on
-):              # `Dataset`, its `ImageCache`
-    "The dataset of a run and its images; an error if they are no longer those trained beside."
+def run_images(info, root=None):  # `Dataset`, its `ImageCache`
+    "The dataset that a run's `config.json` names, or at `root`; an error if it is no longer as it was."
     from di2l.data.cache import cache_images
     data = _run_dataset(info["config"], root)
     images, trained = cache_images(data, info["config"]["size"]), info.get("dataset", {}).get("digest")
     if root is not None or trained in (None, data_digest(data, images)): return data, images
     raise UserError(f"{data.root} has changed since this run was trained; restore it, or give --root")
 
-def data_digest(
-    dataset,  # `Dataset`
-    cache,    # its `ImageCache`
-):            # 16 hexadecimal digits
+def data_digest(dataset, cache):  # 16 hexadecimal digits
     "A short name for the data: the table of records and the content of the image files."
     return sha256(dataset.records.to_csv(index=False) + (cache.digest or ""))[:16]
 
-# %% ../../nbs/76_features.ipynb #d84e0bc5
+# %% ../../nbs/76_features.ipynb #1fc895d7
 def as_vectors(features, metric):
     "What the distances are taken between, float64 `(N,D)`."
     x = np.array(features, np.float64, order="C")
@@ -109,13 +94,8 @@ def as_vectors(features, metric):
     x /= np.abs(x).max(1, keepdims=True)               # squares of tiny numbers would vanish
     return x / np.sqrt((x * x).sum(1, keepdims=True))
 
-def distance_rows(
-    query,       # checked features `(Q,D)`
-    gallery,     # checked features `(G,D)`
-    metric,      # "euclidean" or "cosine"
-    block=None,  # queries at a time
-):               # generator of (number of the first query, distances `(B,G)`)
-    "Distances of all queries, a block at a time."
+def distance_rows(query, gallery, metric, block=None):  # yields (number of the first query, `(B,G)`)
+    "Distances of checked features, a block of queries at a time."
     q, (g, copy) = as_vectors(query, metric), np.unique(
         as_vectors(gallery, metric), axis=0, return_inverse=True)
     square, step = (g * g).sum(1), block or max(1, 2**22 // len(g))
@@ -127,12 +107,8 @@ def distance_rows(
         for i in np.flatnonzero(near.any(1)): d[i, near[i]] = ((part[i] - g[near[i]])**2).sum(1)
         yield start, (np.sqrt(d) if metric == "euclidean" else d / 2)[:, copy.ravel()]
 
-def distances(
-    query,               # features `(Q,D)`
-    gallery,             # features `(G,D)`
-    metric="euclidean",  # "euclidean", or "cosine" (1 − cosine)
-):                       # float64 array `(Q,G)`
-    "All distances."
+def distances(query, gallery, metric="euclidean"):  # float64 array `(Q,G)`
+    "All distances of features `(Q,D)` and `(G,D)`: euclidean, or cosine (1 − cosine)."
     query, gallery = check_both(query, gallery, metric)
     query, copy = np.unique(query, axis=0, return_inverse=True)
     return np.concatenate([d for _, d in distance_rows(query, gallery, metric)])[copy.ravel()]

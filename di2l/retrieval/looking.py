@@ -11,14 +11,10 @@ import torch
 from ..console import UserError
 from .features import batch_features
 
-# %% ../../nbs/66_looking.ipynb #60d22b1a
+# %% ../../nbs/66_looking.ipynb #a039a0d9
 @torch.inference_mode()
-def attention_maps(
-    net,       # network
-    pixels,    # uint8 `(B,3,H,W)`
-    modality,  # "visible" or "infrared"
-):             # {module: map}: non-local `(B,N,N)` over positions, DPA `(B,P,P)` over parts; rows sum to 1
-    "What each attention module looked at."
+def attention_maps(net, pixels, modality):  # {module: map}: non-local `(B,N,N)`, DPA `(B,P,P)` over parts
+    "What each attention module looked at in uint8 `(B,3,H,W)` of one modality; rows sum to 1."
     keepers = {name: m for name, m in net.named_modules() if hasattr(m, "keep_attention")}
     if not keepers: raise UserError("this network has no attention module; train with dpa or non_local")
     for m in keepers.values(): m.keep_attention = True

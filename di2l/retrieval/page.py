@@ -38,7 +38,7 @@ class _Files:
         found = np.stack([read_image(self.paths[r], self.size) for r in rows])
         return torch.from_numpy(found).permute(0, 3, 1, 2)
 
-# %% ../../nbs/65_retrieval_page.ipynb #94ca39e8
+# %% ../../nbs/65_retrieval_page.ipynb #7c9267c2
 def _hidden(query, gallery, rows, skip):
     "What each query must not see of its gallery `rows` `(Q,n)`: bool `(Q,n)`."
     real = [[os.path.realpath(path) for path in table["path"]] for table in (query, gallery)]
@@ -48,14 +48,14 @@ def _hidden(query, gallery, rows, skip):
     seen = skipped_by(skip, *(t[who].to_numpy() for who in ("pid", "cam") for t in (query, gallery)))
     return same | np.take_along_axis(seen, rows, 1)
 
-def _retrieve(net, query, gallery, k, size, metric="euclidean", skip=None, flip=False, device=None):
+def _retrieve(net, query, gallery, k, size, skip=None, device=None):
     "A table of the `k` most similar gallery images of each query, nearest first."
     import pandas as pd
-    features = [extract_features(net, _Files(t["path"], size), t, np.arange(len(t)), device, flip=flip)
+    features = [extract_features(net, _Files(t["path"], size), t, np.arange(len(t)), device)
                 for t in (query, gallery)]
-    if skip is None: dist, rows = search(*features, k + 1, metric)                   # one may be the query
+    if skip is None: dist, rows = search(*features, k + 1)                           # one may be the query
     else:
-        dist = distances(*features, metric)
+        dist = distances(*features)
         rows = np.argsort(dist, axis=1, kind="stable")
         dist = np.take_along_axis(dist, rows, 1)
     hidden = _hidden(query, gallery, rows, skip)
@@ -68,21 +68,10 @@ def _retrieve(net, query, gallery, k, size, metric="euclidean", skip=None, flip=
     if "pid" in query and "pid" in gallery: table["right"] = table["pid"] == table["query_pid"]
     return table
 
-# %% ../../nbs/65_retrieval_page.ipynb #0011b3ea
-def search_run(
-    run,                    # folder of a finished training run
-    query=None,             # image or folder; None: the run's own test images of that modality
-    gallery=None,           # image or folder; None: the run's own test images of the other modality
-    modality="infrared",    # of the queries: infrared or visible
-    gallery_modality=None,  # of the gallery; None: the other modality
-    k=10,                   # results a query
-    limit=20,               # queries taken from the run's own images, evenly spread
-    metric="euclidean",     # "euclidean" or "cosine"
-    flip=False,             # test-time flip
-    root=None,              # dataset folder, where it is not the one trained on
-    device=None,            # None: CUDA where there is one
-):                          # table: query, rank, distance, path, query_path; where known pid, cam, right
-    "Find the gallery images that look most like a query."
+# %% ../../nbs/65_retrieval_page.ipynb #307ff9eb
+def search_run(run, query=None, gallery=None, modality="infrared", gallery_modality=None, k=10, limit=20,
+               root=None, device=None):  # table: query, rank, distance, paths; where known pid, cam, right
+    "Find the gallery images that look most like a query; the arguments are the options of `di2l_search`."
     from di2l.runs.folder import load_network
     other = gallery_modality or ("visible" if modality == "infrared" else "infrared")
     one_of(("infrared", "visible"), modality=modality, gallery_modality=other)
@@ -99,7 +88,7 @@ def search_run(
         some = np.linspace(0, len(tables[0]) - 1, min(limit, len(tables[0]))).astype(int)
         tables[0] = tables[0].iloc[np.unique(some)].reset_index(drop=True)
         if not gallery and config["dataset"] in ("sysu", "llcm"): skip = config["dataset"]
-    return _retrieve(net, *tables, k, tuple(config["size"]), metric, skip, flip, device)
+    return _retrieve(net, *tables, k, tuple(config["size"]), skip, device)
 
 # %% ../../nbs/65_retrieval_page.ipynb #966bd627
 _STYLE = """body { font: 14px/1.4 system-ui, sans-serif; margin: 1.5em }
@@ -124,13 +113,9 @@ def _card(kind, row, of, *words):
     text = "<br>".join(map(escape, [*words, *known]))
     return f'<figure class="{kind}" title="{escape(path)}">{image}<figcaption>{text}</figcaption></figure>'
 
-# %% ../../nbs/65_retrieval_page.ipynb #f0c43fc6
-def retrieval_page(
-    table,              # what `search_run` gave
-    out,                # HTML file to write
-    title="Retrieval",  # heading
-):                      # path of the file
-    "One self-contained HTML page: each query with its ranked results."
+# %% ../../nbs/65_retrieval_page.ipynb #a941be0f
+def retrieval_page(table, out, title="Retrieval"):  # path of the file
+    "One self-contained HTML page of what `search_run` gave: each query with its ranked results."
     body = [f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>',
             f"<style>{_STYLE}</style><h1>{escape(title)}</h1>{_BUTTONS}"]
     for _, hits in table.groupby("query", sort=True):

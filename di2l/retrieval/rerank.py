@@ -23,7 +23,7 @@ def _expand_queries(query, gallery, k=3, alpha=3.0, metric="euclidean", skipped=
     joined = np.asarray(query, float) + (weight[..., None] * np.asarray(gallery, float)[nearest]).sum(1)
     return joined / (1 + weight.sum(1, keepdims=True))
 
-# %% ../../nbs/64_rerank.ipynb #ade46651
+# %% ../../nbs/64_rerank.ipynb #8524f4b2
 def _nearest(near, k, value):
     "`value` at the first `k` of each image's nearest `(N,K)`: sparse `(N,N)`."
     from scipy import sparse
@@ -46,12 +46,8 @@ def _expanded(wide, narrow):
 
 def _jaccard(V, Q):
     "Jaccard distances of the first `Q` rows of V to the rest: Σ min over the columns that both have."
-    columns, shared = V[Q:].tocsc(), np.zeros((Q, V.shape[0] - Q))
-    for i in range(Q):
-        row = slice(V.indptr[i], V.indptr[i + 1])
-        for c, v in zip(V.indices[row], V.data[row]):
-            span = slice(columns.indptr[c], columns.indptr[c + 1])
-            shared[i, columns.indices[span]] += np.minimum(v, columns.data[span])
+    columns, rows = V[Q:].tocsc(), (slice(*V.indptr[i:i + 2]) for i in range(Q))
+    shared = np.stack([np.minimum(columns[:, V.indices[row]].toarray(), V.data[row]).sum(1) for row in rows])
     return 1 - shared / (2 - shared)
 
 def _ask_for_memory(Q, N):
@@ -83,13 +79,9 @@ def _k_reciprocal(query, gallery, k1=20, k2=6, weight=0.3, metric="euclidean"):
     V.sort_indices()
     return (1 - weight) * _jaccard(V, Q) + weight * d[:Q, Q:]
 
-# %% ../../nbs/64_rerank.ipynb #215a70e2
-def after_steps(
-    expand=0,            # query expansion: gallery features that join each query; 0 is off
-    rerank=False,        # k-reciprocal re-ranking: True, or a dictionary of k1, k2, weight
-    metric="euclidean",  # "euclidean" or "cosine"
-):                       # function (query features, gallery features, skipped) → distances, or None
-    "What `compare` is to be, None where nothing was asked for; its `about` names what it does."
+# %% ../../nbs/64_rerank.ipynb #74093cd0
+def after_steps(expand=0, rerank=False, metric="euclidean"):  # function (query, gallery, skipped), or None
+    "What `compare` is to be: expansion by so many images, re-ranking (True, or a dict of k1, k2, weight)."
     whole(0, expand=expand)
     if not expand and not rerank: return None
     settings = dict(k1=20, k2=6, weight=.3) | (rerank if isinstance(rerank, dict) else {})

@@ -12,29 +12,24 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# %% ../../nbs/78_draws.ipynb #9759c5cc
+# %% ../../nbs/78_draws.ipynb #8cc7aa32
 def _number(word):
     "A whole number as it is; a name as the number that its hash begins with."
     return word if isinstance(word, int) else int.from_bytes(hashlib.sha256(word.encode()).digest()[:8])
 
-def draws(
-    *key,  # whole numbers of 0 or more, and names
-):         # CPU `torch.Generator`
-    "A generator whose draws depend on the key and on nothing else."
+def draws(*key):  # CPU `torch.Generator`
+    "A generator whose draws depend on the key, whole numbers of 0 or more and names, and on nothing else."
     mixed = np.random.SeedSequence([_number(word) for word in key]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> 1))
 
-# %% ../../nbs/78_draws.ipynb #2a8130f7
-def named_draws(
-    *key,            # seed, epoch, batch
-    in_order=False,  # one generator for all purposes
-):                   # (name of a purpose) → CPU `torch.Generator`
-    "A generator for each purpose."
+# %% ../../nbs/78_draws.ipynb #b8ccdbcd
+def named_draws(*key, in_order=False):  # (name of a purpose) → CPU `torch.Generator`
+    "A generator for each purpose, or with `in_order` one for all of them."
     if not in_order: return lambda purpose: draws(*key, purpose)
     one = draws(*key)
     return lambda purpose: one
 
-# %% ../../nbs/78_draws.ipynb #6f761097
+# %% ../../nbs/78_draws.ipynb #444803b9
 _in_order = False
 
 @contextmanager
@@ -46,10 +41,8 @@ def weights_in_order(on=True):
     finally: _in_order = before
 
 @contextmanager
-def part(
-    name,  # of a part of a network
-):
-    "Initial weights that are made inside depend on torch's seed and this name only."
+def part(name):
+    "Initial weights that are made inside depend on torch's seed and this name of a part only."
     if _in_order: yield
     else:
         with torch.random.fork_rng(devices=[]):

@@ -38,14 +38,12 @@ class Log:
         with open(self.path, "ab") as f: os.fsync(f.fileno())
         return len(data := self.path.read_bytes()), sha256(data)
 
-# %% ../../nbs/58_run_log.ipynb #c9e65585
+# %% ../../nbs/58_run_log.ipynb #0840ec34
 def _cell(number): return "" if number is None or math.isnan(number) else f"{number:.9g}"
 
 DEAD = 1.05    # perplexity under which an attention looks at one place only
 
-def dead_attention(
-    rows,  # dicts, one a step
-):         # {block: first step at which it was seen dead}
+def dead_attention(rows):  # {block: first step, of dicts one a step, at which it was seen dead}
     "Attention blocks whose weights have gone to one place (`03_non_local`)."
     found, end = {}, ".perplexity"
     for row in rows:

@@ -101,16 +101,13 @@ def _write_identity(folder, s, seed, job):
             done.append((name, sha256(data)))
     return done
 
-# %% ../../nbs/62_benchmark.ipynb #95c4c0e7
+# %% ../../nbs/62_benchmark.ipynb #c86b7dca
 def _content_digest(files):
     "One number for many files, [(relative path, sha256)], in whatever order they come."
     return sha256("".join(f"{name} {digest}\n" for name, digest in sorted(files)))
 
-def read_benchmark(
-    out,         # folder of a benchmark
-    deep=False,  # read every file and compare, instead of believing benchmark.json
-):               # {preset, seed, settings, version, images: how many, content: sha256 over all files}
-    "What a benchmark's folder holds."
+def read_benchmark(out, deep=False):  # {preset, seed, settings, version, images, content: sha256 of all}
+    "What a benchmark's folder holds, after its benchmark.json; `deep` reads every file and compares."
     out, todo = Path(out), "expected a benchmark that di2l_synth wrote: give an empty or a new folder"
     found = read_json(out / "benchmark.json", todo)
     if not isinstance(found, dict) or not {"content", "images", "settings"} <= found.keys():

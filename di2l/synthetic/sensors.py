@@ -399,15 +399,9 @@ def _see_thermal(scene, s, rng):
     level = (_coarse(image, .45 * s.ir_resolution) - (16.5 + 1.2 * n * rng.uniform(-1, 1))) / span
     return _digitise(np.maximum(level, 0) ** 2, .5, .02 * s.ir_noise, rng)
 
-# %% ../../nbs/61_sensors.ipynb #8d041cba
-def render(
-    settings,  # `Settings`
-    seed,      # of the data
-    pid,       # identity
-    camera,    # `Camera`
-    frame,     # number of the image at that camera
-):             # uint8 (height, width, 3); infrared images have three equal channels
-    "One image of the benchmark."
+# %% ../../nbs/61_sensors.ipynb #74234cf9
+def render(settings, seed, pid, camera, frame):  # uint8 (height, width, 3); infrared: equal channels
+    "One image of the benchmark: the `frame`-th of an identity at a `Camera`."
     rng = random_stream(seed, 5, pid, camera.number, frame)
     scene, fixed = _stage(settings, seed, pid, camera, rng), _optics(seed, camera.number, settings.nuisance)
     if not camera.infrared: return _see_visible(scene, settings, fixed, camera.outdoor, rng)
