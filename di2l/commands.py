@@ -178,7 +178,7 @@ def search(
     other = gallery_modality or dict(infrared="visible", visible="infrared")[modality]
     if html: retrieval_page(table, html, f"{modality} → {other}")
 
-# %% ../nbs/68_commands.ipynb #edbf2082
+# %% ../nbs/68_commands.ipynb #31d93bcf
 @command("di2l_experiments")
 def experiments(
     what: str,                   # make missing records; status of the plan; readme, to write its numbers anew
@@ -187,7 +187,6 @@ def experiments(
     data: path = "data",         # folder of the benchmarks
     runs: path = "runs",         # folder of the training runs
     results: path = "results",   # folder of the records
-    json: path = None,           # write the status there
 ):
     "Make or list the records behind every table and figure."
     import di2l.methods.tuning                                 # which adds its experiments
@@ -199,7 +198,6 @@ def experiments(
     failed = make(only, workers, data, runs, results) if what == "make" else []
     table = status(results, only)
     print(table.to_string(index=False))
-    if json: write_whole(json, table.to_json(orient="records"))
     if failed: raise UserError(f"{len(failed)} runs failed: " + "; ".join(f"{n}: {e}" for n, e in failed))
 
 # %% ../nbs/68_commands.ipynb #b80113b0

@@ -103,13 +103,12 @@ def augment(
         array[top:bottom, left:right] = 0
     return out
 
-# %% ../nbs/02_rca.ipynb #e7317b86
+# %% ../nbs/02_rca.ipynb #bd4b8816
 def normalise(
-    images,              # batch `(B,3,H,W)` in [0,1]
-    mean=IMAGENET_MEAN,  # subtracted, one number a channel
-    std=IMAGENET_STD,    # divided by, one number a channel
-):                       # batch of the same shape, about zero mean and unit variance
+    images,  # batch `(B,3,H,W)` in [0,1]
+):           # batch of the same shape, about zero mean and unit variance
     "What torchvision's pretrained networks expect."
     B, C, H, W = images.shape
     rows = images.permute(0, 2, 3, 1).reshape(B, H, W * C)
-    return (rows - _rows(mean, images)).div_(_rows(std, images)).view(B, H, W, C).permute(0, 3, 1, 2)
+    mean, std = _rows(IMAGENET_MEAN, images), _rows(IMAGENET_STD, images)
+    return (rows - mean).div_(std).view(B, H, W, C).permute(0, 3, 1, 2)

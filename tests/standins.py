@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from di2l.console import UserError, one_of, progress
-from di2l.data.files import read_ids
 from di2l.data.records import FOLDERS, MODALITIES, SYSU_CAMERAS, read_dataset
 
 SYSU_TOTALS = {  # split: (identities, {camera: (images, identities seen)}), as in the official permutations
@@ -65,7 +64,7 @@ def sysu_counts(permutations=None):
     table, beside = loadmat(permutations)["rand_perm_cam"], Path(permutations).parent
     counts = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1)
               for p, (o,) in enumerate(cam, 1) if o.shape[1]}
-    splits = {s: read_ids(beside / f"{s}_id.mat") for s in ("train", "test")}
+    splits = {s: sorted(map(int, loadmat(beside / f"{s}_id.mat")["id"].ravel())) for s in ("train", "test")}
     seen = {m: {p for c, p in counts if SYSU_CAMERAS[c] == m} for m in MODALITIES}
     splits["val"] = sorted((seen["visible"] & seen["infrared"]) - set(splits["train"]) - set(splits["test"]))
     return counts, splits

@@ -52,20 +52,6 @@ def test_sysu_merges_train_and_val_by_name_and_knows_its_cameras(bases):
     assert (data.records.modality == data.records.cam.map(SYSU_CAMERAS)).all()
 
 
-def test_sysu_reads_mat_split_files_and_finds_val_as_the_rest(copy):
-    from scipy.io import savemat
-    root = copy("sysu")
-    before = read("sysu", root).records
-    for s in "train", "test":
-        savemat(root / f"exp/{s}_id.mat", {"id": np.array([read_ids(root / f"exp/{s}_id.txt")], np.uint16)})
-        (root / f"exp/{s}_id.txt").unlink()
-    (root / "exp/val_id.txt").unlink()
-    pd.testing.assert_frame_equal(read("sysu", root).records, before)
-
-
-
-
-
 def test_names_endings_strays_and_folders_above_do_not_matter(bases, tmp_path):
     root = tmp_path / "cam1" / "cam5 0042" / "data"
     shutil.copytree(bases["sysu"], root)
@@ -220,27 +206,6 @@ def test_bad_tree_is_refused_by_the_reader_and_reported_by_verify(copy, what):
     assert str(file) in str(e.value)
     report = verify(name, root)
     assert not report.ok and any(str(file) in p for p in report.problems)
-
-
-@pytest.mark.parametrize("ids, says", [([6.5, 10], "'6.5' is no identity"), ([float("nan")], "'nan' is no identity"), ([float("inf")], "'inf' is no identity"), (["six"], "'six *' is no identity"), ([-3], "'-3' is no identity")])
-def test_mat_files_of_other_things_than_whole_numbers(tmp_path, ids, says):
-    from scipy.io import savemat
-    savemat(tmp_path / "test_id.mat", {"id": np.array([ids])})
-    with pytest.raises(UserError, match=says): read_ids(tmp_path / "test_id.mat")
-    savemat(tmp_path / "test_id.mat", {"id": np.array([[6.0, 10.0]])})
-    assert read_ids(tmp_path / "test_id.mat") == [6, 10]
-
-
-def test_mat_files_that_are_none_say_what_they_are(tmp_path):
-    from scipy.io import savemat
-    file = tmp_path / "test_id.mat"
-    with pytest.raises(UserError, match="cannot be read .No such file.*check that it exists"): read_ids(file)
-    savemat(file, {"ids": np.arange(3)})
-    with pytest.raises(UserError, match="is no split file.*id"): read_ids(file)
-    file.write_bytes(file.read_bytes()[:140])
-    with pytest.raises(UserError, match="is no split file"): read_ids(file)
-    file.write_text("6,10")
-    with pytest.raises(UserError, match="is no split file"): read_ids(file)
 
 
 def test_windows_line_endings_and_byte_order_mark_change_nothing(copy):
@@ -711,7 +676,7 @@ def test_permutations_may_lie_alone(true_scale, sysu_protocol_files, tmp_path):
     "The command of the README: the identities are in the dataset's own exp."
     shutil.copy(sysu_protocol_files / "rand_perm_cam.mat", tmp_path)
     if "official" in json.loads((true_scale / "standin.json").read_text())["counts"]: assert verify("sysu", true_scale, permutations=tmp_path / "rand_perm_cam.mat").ok
-    with pytest.raises(UserError, match="train_id.mat: cannot be read .No such file"): sysu_counts(tmp_path / "rand_perm_cam.mat")
+    with pytest.raises(FileNotFoundError, match="train_id.mat"): sysu_counts(tmp_path / "rand_perm_cam.mat")
 
 
 def test_full_regdb_standin_is_complete(scratch):

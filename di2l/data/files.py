@@ -6,8 +6,8 @@
 __all__ = ['AGAIN', 'collect', 'complain', 'is_image', 'list_folder', 'dataset_root', 'camera_images', 'read_bytes', 'read_ids',
            'sysu_splits', 'read_list']
 
-# %% ../../nbs/52_dataset_files.ipynb #437e7e9e
-import io, os, re, stat, warnings
+# %% ../../nbs/52_dataset_files.ipynb #bffb9bda
+import os, re, stat, warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
@@ -114,35 +114,24 @@ def _parsed(path, parse):
     except Exception as e: return complain(f"{path}: is no split file as distributed ({e!r}); {AGAIN}") or ()
     return found if any(found) else complain(f"{path}: lists nothing; {AGAIN}") or ()
 
-# %% ../../nbs/52_dataset_files.ipynb #d1e0aba5
-def _mat_ids(data):
-    "The variable `id` of a .mat file, as text."
-    from scipy.io import loadmat
-    return [str(i).removesuffix(".0") for i in loadmat(io.BytesIO(data))["id"].ravel()]
-
+# %% ../../nbs/52_dataset_files.ipynb #08f50b79
 def read_ids(path):  # sorted
-    "The identities of a split: a `.txt`, or a `.mat` with the variable `id`."
-    path, ids = Path(path), set()
-    text = lambda data: re.findall(r"[^,\s]+", data.decode("utf-8-sig"))
-    for word in _parsed(path, _mat_ids if path.suffix == ".mat" else text):
+    "The identities of a split."
+    ids = set()
+    for word in _parsed(Path(path), lambda data: re.findall(r"[^,\s]+", data.decode("utf-8-sig"))):
         if re.fullmatch(r"\d{1,18}", word): ids.add(int(word))
         else: complain(f"{path}: {word!r} is no identity; expected whole numbers, such as 6,10,17")
     return sorted(ids)
 
-# %% ../../nbs/52_dataset_files.ipynb #6515ade1
+# %% ../../nbs/52_dataset_files.ipynb #1395f6d0
 def sysu_splits(root, seen):  # {identity: split}
-    "The official split of SYSU-MM01; `seen`: set of (identity, modality) on disk."
-    both = {pid for pid, _ in seen if {(pid, "visible"), (pid, "infrared")} <= seen}
+    "The official split of SYSU-MM01; `seen`: set of identities on disk."
     split, files = {}, {s: root / f"exp/{s}_id.txt" for s in ("train", "val", "test")}
-    for s, file in files.items():
-        mat = file.with_suffix(".mat")
-        if os.path.exists(mat) and not os.path.exists(file): files[s] = mat
-    if not os.path.exists(files["val"]): del files["val"]
     for s, pid in ((s, pid) for s, file in files.items() for pid in read_ids(file)):
         if pid in split: complain(f"{files[s]}: identity {pid} is in {split[pid]}_id too; correct one")
-        elif pid not in {p for p, _ in seen}: complain(f"{files[s]}: identity {pid} has no image; {AGAIN}")
+        elif pid not in seen: complain(f"{files[s]}: identity {pid} has no image; {AGAIN}")
         else: split[pid] = s
-    return split if "val" in files else {p: "val" for p in both} | split
+    return split
 
 # %% ../../nbs/52_dataset_files.ipynb #47304306
 def _pairs(file):

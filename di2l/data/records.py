@@ -51,7 +51,7 @@ def _table(rows, root):
     t["frame"] = t.groupby(["pid", "cam", "modality", t.path.str.rpartition("/")[0]]).cumcount() + 1
     return t.astype({"pid": "int64", "cam": "int64", "frame": "int64"})[COLUMNS]
 
-# %% ../../nbs/01_data.ipynb #40260dad
+# %% ../../nbs/01_data.ipynb #5d650bdf
 SYSU_CAMERAS = {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"}
 
 FOLDERS = {"sysu": [f"cam{c}" for c in SYSU_CAMERAS],  # that a dataset has at its top
@@ -62,7 +62,7 @@ def sysu_images(root):         # rows; split None for identities in no list
     "Every image of SYSU-MM01: `cam1/0001/0001.jpg`."
     found = [(path, pid, cam, SYSU_CAMERAS[cam])
              for path, cam, pid in camera_images(root) if cam in SYSU_CAMERAS]
-    split = sysu_splits(root, {(pid, modality) for _, pid, _, modality in found})
+    split = sysu_splits(root, {pid for _, pid, _, _ in found})
     return [(*image, split.get(image[1])) for image in found]
 
 def read_sysu(
