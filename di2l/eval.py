@@ -169,12 +169,9 @@ def sysu_protocol(
     about = dict(dataset="sysu", direction=direction, mode=mode, shots=shots, gallery=draw)
     return Protocol(query.index.to_numpy(), galleries, "sysu", about)
 
-# %% ../nbs/09_eval.ipynb #cb59b37f
-def regdb_protocol(
-    records,                       # table with pid, cam and modality
-    direction="visible→infrared",  # query → gallery; thermal is RegDB's infrared
-):                                 # `Protocol`
-    "RegDB: every test image of one modality searches all of the other."
+# %% ../nbs/09_eval.ipynb #6b8b82be
+def regdb_protocol(records, direction="visible→infrared"):  # `Protocol`
+    "RegDB: every test image of one modality searches all of the other; thermal is its infrared."
     query, gallery = candidates(records, direction := direction_of(direction))
     about = dict(dataset="regdb", direction=direction, mode="all", shots=None, gallery="all images")
     return Protocol(query.index.to_numpy(), [gallery.index.to_numpy()], None, about)

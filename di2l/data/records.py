@@ -51,7 +51,7 @@ def _table(rows, root):
     t["frame"] = t.groupby(["pid", "cam", "modality", t.path.str.rpartition("/")[0]]).cumcount() + 1
     return t.astype({"pid": "int64", "cam": "int64", "frame": "int64"})[COLUMNS]
 
-# %% ../../nbs/01_data.ipynb #5d650bdf
+# %% ../../nbs/01_data.ipynb #d9da8ee3
 SYSU_CAMERAS = {1: "visible", 2: "visible", 3: "infrared", 4: "visible", 5: "visible", 6: "infrared"}
 
 FOLDERS = {"sysu": [f"cam{c}" for c in SYSU_CAMERAS],  # that a dataset has at its top
@@ -65,9 +65,7 @@ def sysu_images(root):         # rows; split None for identities in no list
     split = sysu_splits(root, {pid for _, pid, _, _ in found})
     return [(*image, split.get(image[1])) for image in found]
 
-def read_sysu(
-    root,  # folder with `cam1`…`cam6` and `exp`
-):         # a `Dataset`
+def read_sysu(root):           # a `Dataset`
     "SYSU-MM01 as its authors distribute it: 395 identities to train on (296 train + 99 val), 96 to test."
     root = dataset_root(root, *FOLDERS["sysu"])
     return Dataset("sysu", root, _table(sysu_images(root), root))
@@ -103,7 +101,7 @@ def read_regdb(
     root = dataset_root(root, *FOLDERS["regdb"])
     return Dataset("regdb", root, _table(regdb_images(root, trial), root), trial)
 
-# %% ../../nbs/01_data.ipynb #17832525
+# %% ../../nbs/01_data.ipynb #66effa0f
 def _llcm_listed(root, kind, modality, other):
     "Rows of `idx/train_vis.txt` or `idx/train_nir.txt`."
     for path, label in read_list(root, f"idx/train_{kind}.txt", other):
@@ -122,9 +120,7 @@ def llcm_images(root):         # rows; split None for identities that are not in
         complain(f"{root}/idx/test_id.txt: identity {pid} has no image in test_vis or test_nir; {AGAIN}")
     return _apart(rows, root, "(test_id.txt)")
 
-def read_llcm(
-    root,  # folder with `vis`, `nir`, `test_vis`, `test_nir` and `idx`
-):         # a `Dataset`
+def read_llcm(root):           # a `Dataset`
     "LLCM: 713 identities to train on, 351 to test, nine cameras that each see both modalities."
     root = dataset_root(root, *FOLDERS["llcm"])
     return Dataset("llcm", root, _table(llcm_images(root), root))
@@ -140,10 +136,8 @@ def read_dataset(
     if name == "regdb": return read_regdb(root, trial)
     return {"sysu": read_sysu, "llcm": read_llcm}[name](root)
 
-# %% ../../nbs/01_data.ipynb #bbf3aaa8
-def hold_out(
-    dataset,  # with its official split
-):            # a `Dataset`
+# %% ../../nbs/01_data.ipynb #ec7bc92f
+def hold_out(dataset):  # a `Dataset`
     "For choosing things: some training identities are the test, the real test is dropped."
     train = dataset.train
     pids, val = np.unique(train.pid), train.pid[train.split == "val"]
@@ -152,10 +146,8 @@ def hold_out(
     source = dataset.records if dataset.source is None else dataset.source
     return Dataset(dataset.name, dataset.root, records, dataset.trial, source)
 
-# %% ../../nbs/01_data.ipynb #b3902482
-def class_labels(
-    records,  # training records
-):            # {pid: class 0…K−1}
+# %% ../../nbs/01_data.ipynb #8fb38839
+def class_labels(records):  # {pid: class 0…K−1}
     "Classes in order of the identities' numbers, so that every run agrees on them."
     return {int(pid): k for k, pid in enumerate(np.unique(records.pid))}
 
