@@ -21,7 +21,7 @@ def _write_json(file, content):
     "Write a result, if a file was asked for."
     if file: write_whole(file, jsonlib.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
-# %% ../nbs/68_commands.ipynb #3a087b40
+# %% ../nbs/68_commands.ipynb #3cb49b0e
 def _knobs():
     from di2l.synthetic.sensors import Settings
     return {"knobs, over the preset's:": Settings}
@@ -32,17 +32,20 @@ def synth(
     preset: str = "default",  # tiny, default, hard or regdb
     seed: int = 0,            # of the data
     workers: int = None,      # processes; one a core unless given
+    json: path = None,        # write what was made (benchmark.json) there too
     **knobs,                  # fields of `di2l.synthetic.sensors.Settings`
 ):
     "Write the embedded benchmark: rendered people in the layout of SYSU-MM01 or RegDB."
     from di2l.synthetic.benchmark import read_benchmark, write_benchmark
     made = read_benchmark(write_benchmark(out, preset, seed, workers, **knobs))
     print(f"{out}: {made['images']} images, content {made['content'][:12]}")
+    _write_json(json, made)
 
 @command("di2l_verify")
 def verify(
     dataset: str,               # sysu, regdb or llcm
     root: path,                 # folder of the dataset
+    deep: bool = False,         # decode every image, not only its header
     permutations: path = None,  # SYSU-MM01: rand_perm_cam.mat, names every folder that lacks an image
     json: path = None,          # write the report there
 ):
@@ -51,12 +54,12 @@ def verify(
     from di2l.data.permutations import read_permutations
     if permutations and dataset != "sysu": raise UserError("--permutations are SYSU-MM01's; leave them out")
     if permutations: read_permutations(permutations)         # be it only that they are none
-    report = verify(dataset, root, permutations)
+    report = verify(dataset, root, deep, permutations)
     print(report)
     _write_json(json, report.to_json())
     return int(not report.ok)
 
-# %% ../nbs/68_commands.ipynb #dd6ee3f8
+# %% ../nbs/68_commands.ipynb #12c14ae6
 def _fields():
     from di2l.model import METHODS
     from di2l.runs.config import Config
@@ -68,13 +71,15 @@ def train(
     preset: str = "quick",  # paper-sysu, paper-regdb, caj, agw or quick
     out: path = None,       # folder of the run
     resume: bool = False,   # go on from the last checkpoint in --out
+    json: path = None,      # write the summary there too
     **changes,              # fields of `di2l.runs.config.Config` and settings of the method
 ):
     "Train a method on a dataset and leave the run in a folder."
     from di2l.runs.config import config
     from di2l.train import train
     if out is None: raise UserError("give --out RUN, the folder that the run is to be left in")
-    train(config(preset, **changes), out, resume)
+    run = train(config(preset, **changes), out, resume)
+    if json: write_whole(json, (run / "summary.json").read_bytes())
 
 # %% ../nbs/68_commands.ipynb #57836e5e
 _EVERY = "metric expand rerank json"
@@ -154,7 +159,7 @@ def _scores(form, given):
     plans = files.feature_protocols(records, given["protocol"] or "sysu", **asked)
     return [evaluate_protocol(table, records, plan, **how) for plan in plans]
 
-# %% ../nbs/68_commands.ipynb #7becbad2
+# %% ../nbs/68_commands.ipynb #3312ff80
 @command("di2l_search")
 def search(
     run: path = None,              # folder of a finished training run
@@ -178,7 +183,7 @@ def search(
     other = gallery_modality or dict(infrared="visible", visible="infrared")[modality]
     if html: retrieval_page(table, html, f"{modality} → {other}")
 
-# %% ../nbs/68_commands.ipynb #31d93bcf
+# %% ../nbs/68_commands.ipynb #edbf2082
 @command("di2l_experiments")
 def experiments(
     what: str,                   # make missing records; status of the plan; readme, to write its numbers anew
@@ -187,6 +192,7 @@ def experiments(
     data: path = "data",         # folder of the benchmarks
     runs: path = "runs",         # folder of the training runs
     results: path = "results",   # folder of the records
+    json: path = None,           # write the status there
 ):
     "Make or list the records behind every table and figure."
     import di2l.methods.tuning                                 # which adds its experiments
@@ -198,15 +204,17 @@ def experiments(
     failed = make(only, workers, data, runs, results) if what == "make" else []
     table = status(results, only)
     print(table.to_string(index=False))
+    if json: write_whole(json, table.to_json(orient="records"))
     if failed: raise UserError(f"{len(failed)} runs failed: " + "; ".join(f"{n}: {e}" for n, e in failed))
 
-# %% ../nbs/68_commands.ipynb #b80113b0
+# %% ../nbs/68_commands.ipynb #9422e7e3
 @command("di2l_reproduce")
 def reproduce(
     data: path = "data",                  # folder of the benchmarks
     runs: path = "runs",                  # folder of the training runs
     results: path = "results",            # folder of the records
     figures: path = "figures/reproduce",  # where its figures go
+    json: path = None,                    # write the outcome there
 ):
     "Write the embedded benchmark, train DI2L on it, evaluate it, draw."
     import pandas as pd
@@ -219,8 +227,10 @@ def reproduce(
     rows = [dict(protocol=p, run=what, **{k: 100 * m[key] for k, key in statistics.METRICS.items()})
             for what, record in shown.items() if record for p, m in record["metrics"].items()]
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.1f"))
+    draw.style()                                                     # one for all, the curves too
     tiles, plots = gallery.read_gallery("di2l", again), dict(curves=plot_log(pd.DataFrame(outcome["curve"])))
     plots |= {f"retrieval_{d.replace('→', '_to_')}": draw.draw_grid(tiles, d) for d in tiles["directions"]}
     for name, fig in plots.items(): draw.save_figure(fig, name, folder=figures)
     print(f"record, network and log: {again}; figures: {figures}/ {', '.join(plots)}")
+    _write_json(json, outcome)
     return outcome

@@ -252,14 +252,13 @@ def fit(self: Run):
     "All the steps that are left."
     c, first, before, start = self.c, self.step, self.seconds, time.perf_counter()
     curves = Curves(self.out, self.quiet)
-    every = 1 if self.device.type == "cpu" else 20                # steps between two readings
     images = c.accumulate * max(rows.stop for rows in self.batches.of.values())
     bars = dict(total=self.total - first, desc=c.method, unit="step")
     with Signals() as signals, progress(**bars) if self.rank == 0 else nullcontext() as bar:
         while self.step < self.total:
             self.one_step()
             due = self.step == self.total or self.step % (c.save_every or self.per_epoch) == 0
-            if not due and self.step % every: continue
+            if not due and self.step % (1 if self.device.type == "cpu" else 20): continue   # read seldom
             rows, took = self.read(), time.perf_counter() - start
             self.seconds = before + took
             self.warn_of_dead(rows)

@@ -17,7 +17,7 @@ def command(*args): return subprocess.run([sys.executable, "-c", "from di2l.comm
 def test_verify_on_the_command_line(copy, tmp_path):
     root = copy("sysu")
     file = cut(root)
-    done = command("sysu", root, "--json", tmp_path / "report.json")
+    done = command("sysu", root, "--deep", "--json", tmp_path / "report.json")
     assert done.returncode == 1 and str(file) in done.stdout and "Traceback" not in done.stderr and "WRONG" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["ok"] is False and report["problems"][0]["file"] == str(file) and "damaged" in report["problems"][0]["problem"]

@@ -20,9 +20,9 @@ def run(*words):
 
 def test_the_command_writes_a_benchmark(tmp_path):
     small = write_benchmark(tmp_path / "small", **SMALL)
-    done = run(tmp_path / "b", *(f"--{k}={v}" for k, v in SMALL.items()), "--seed", 0)
+    done = run(tmp_path / "b", *(f"--{k}={v}" for k, v in SMALL.items()), "--json", tmp_path / "about.json", "--seed", 0)
     assert done.returncode == 0, done.stderr
-    about = json.loads((tmp_path / "b" / "benchmark.json").read_text())
+    about = json.loads((tmp_path / "about.json").read_text())
     assert about["content"] == read_benchmark(small)["content"] and about["settings"] == read_benchmark(small)["settings"]
     assert about["version"] == VERSION and set(about["settings"]) == set(asdict(Settings()))
 

@@ -31,9 +31,9 @@ def shell(*words, command=COMMAND):
 
 
 def test_it_trains_says_what_and_writes_the_summary(words, tmp_path):
-    done = shell("--preset", "quick", "--out", tmp_path / "run", "--gamma", "0", *words)
+    done = shell("--preset", "quick", "--out", tmp_path / "run", "--json", tmp_path / "s.json", "--gamma", "0", *words)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+    assert json.loads((tmp_path / "s.json").read_text())["steps"] == 2
     assert "di2l.gamma 0.0" in done.stdout and "1 process" in done.stdout and "model.safetensors" in done.stdout
     again = shell("--preset", "quick", "--out", tmp_path / "run", "--gamma", "0", *words)
     assert again.returncode == 1 and "holds a run already" in again.stderr
@@ -119,7 +119,7 @@ def test_help_names_every_option():
     assert done.returncode == 0
     for f in (*fields(Config), *fields(model.DI2LMethod)):
         assert f"--{f.name} " in done.stdout or f.name == "settings"
-    for name in "preset", "out", "resume": assert f"--{name}" in done.stdout
+    for name in "preset", "out", "resume", "json": assert f"--{name}" in done.stdout
 
 
 def test_a_person_at_a_terminal_sees_terms_accuracy_speed_and_time_left(words, tmp_path):

@@ -125,8 +125,9 @@ BAD_IMAGES = [(cut, "is damaged"), (empty, "is empty"), (text, "is no readable i
 def test_bad_image_is_named_by_cache_and_verify(copy, damage, says):
     root = copy("sysu")
     file = damage(root)
-    (problem,) = verify("sysu", root).problems
-    assert problem.startswith(str(file)) and says in problem and "copy it again" in problem
+    for deep in False, True:
+        (problem,) = verify("sysu", root, deep=deep).problems
+        assert problem.startswith(str(file)) and says in problem and "copy it again" in problem
     with pytest.raises(UserError, match="1 of [0-9]+ images cannot be used") as e: cache_images(read("sysu", root), (32, 16))
     assert str(file) in str(e.value) and says in str(e.value)
     assert not list((root / ".di2l_cache").glob("*.np[yz]")), "a failed build leaves nothing that looks finished"
@@ -515,12 +516,6 @@ def test_an_open_cache_outlives_its_rebuilding(copy):
     with pytest.raises(UserError, match="was built anew or removed: call cache_images again"): pickle.loads(pickle.dumps(open_))
 
 
-
-
-
-
-
-
 # --- sampler
 
 def made_up(visible, infrared, start=0):
@@ -640,16 +635,22 @@ def moved(true_scale):
     for undo in done[::-1]: undo()
 
 
-def test_verify_names_the_folder_of_lost_images_among_45863(true_scale, moved, request):
+def test_verify_names_the_lost_images_among_45863(true_scale, moved, request):
     folder = sorted((true_scale / "cam5").iterdir())[50]
     lost = folder / "0003.jpg"
     moved(lost), moved(lost.with_name("0004.jpg"))
     report = verify("sysu", true_scale)
-    assert not report.ok and not report.problems and ("camera 5 (visible)", 8224, 8222) in counts(report)
-    assert any("--permutations rand_perm_cam.mat` names every folder" in n for n in report.notes)
+    assert report.problems == [f"{folder}/000{k}.*: is missing; copy it again from the dataset's archive" for k in (3, 4)] and ("camera 5 (visible)", 8224, 8222) in counts(report)
+    assert any("--permutations rand_perm_cam.mat" in n for n in report.notes)
     if "official" not in json.loads((true_scale / "standin.json").read_text())["counts"]: pytest.skip("the stand-in was made without the permutations")
     (problem,) = verify("sysu", true_scale, permutations=request.getfixturevalue("sysu_protocol_files") / "rand_perm_cam.mat").problems
     assert problem.startswith(f"{folder}: has {len(list(folder.iterdir()))} images")
+
+
+def test_verify_points_to_the_permutations_where_the_last_image_of_a_folder_is_lost(true_scale, moved):
+    moved(sorted(sorted((true_scale / "cam5").iterdir())[50].iterdir())[-1])
+    report = verify("sysu", true_scale)
+    assert not report.ok and not report.problems and any("names every folder with a wrong count" in n for n in report.notes)
 
 
 def test_verify_names_an_image_of_somebody_whom_the_camera_never_saw(true_scale, moved, sysu_protocol_files):
@@ -726,16 +727,17 @@ def test_standin_refuses_a_folder_in_use(bases):
 
 # --- what di2l_verify must not overlook
 
-def test_images_behind_a_link_are_looked_into(copy):
+@pytest.mark.parametrize("deep", [False, True])
+def test_images_behind_a_link_are_looked_into(copy, deep):
     root = copy("sysu")
     (root / "cam6").rename(root.parent / "disk2")
     (root / "cam6").symlink_to(root.parent / "disk2")
     (root / "cam1/circle").symlink_to(root), (root / "above").symlink_to(root.parent), (root.parent / "disk2/0001/circle").symlink_to(root.parent / "disk2")
-    assert not verify("sysu", root).problems
+    assert not verify("sysu", root, deep).problems
     emptied = sorted((root / "cam6").glob("*/*.jpg"))[:20]
     for f in emptied: f.write_bytes(b"")
     shutil.move(first(root), root.parent / "disk2/misplaced.jpg")
-    problems = verify("sysu", root).problems
+    problems = verify("sysu", root, deep).problems
     assert [p.partition(":")[0] for p in problems if "is empty" in p] == list(map(str, emptied)) and any("cam6/misplaced.jpg: is misplaced" in p for p in problems)
 
 
@@ -765,9 +767,10 @@ def test_what_a_list_names_is_looked_into_whatever_it_is(copy, damage, says):
 def test_truncation_shows_whatever_the_last_bytes_are(tmp_path, ending):
     file = tmp_path / f"a.{ending}"
     Image.new("RGB", (16, 32), (63, 63, 63)).save(file)                                                     # 63 is "?"
-    _check_image(file)
+    for deep in False, True: _check_image(file, deep)
     file.write_bytes(file.read_bytes()[:-100 if ending in ("jpg", "png") else 800] + b"????")
-    with pytest.raises(UserError, match="is damaged|is truncated|no readable image"): _check_image(file)
+    for deep in False, True:
+        with pytest.raises(UserError, match="is damaged|is truncated|no readable image"): _check_image(file, deep)
 
 
 def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
@@ -780,17 +783,11 @@ def test_jpeg_filled_with_zeros_to_its_old_size_is_truncated(tmp_path):
         data = file.read_bytes()
         whole = data[:2] + b"\xff" + header + data[2:]                                                       # and a fill byte
         for tail in b"", b"\0" * 5000, b"what a camera adds " * 20:
-            file.write_bytes(whole + tail)
-            _check_image(file)
-        file.write_bytes(whole[:len(whole) // 2 + 500] + bytes(len(whole) // 2 - 500))
-        with pytest.raises(UserError, match="a.jpg: is truncated, for it has no end-of-image marker; copy it again|is damaged"): _check_image(file)
+            for deep in False, True: file.write_bytes(whole + tail); _check_image(file, deep)
+        for deep in False, True:
+            file.write_bytes(whole[:len(whole) // 2 + 500] + bytes(len(whole) // 2 - 500))
+            with pytest.raises(UserError, match="a.jpg: is truncated, for it has no end-of-image marker; copy it again|is damaged"): _check_image(file, deep)
     assert read_image(file).shape == (64, 32, 3), "which PIL decodes without a word"
-
-
-
-
-
-
 
 
 @pytest.mark.parametrize("name, own, other", [("regdb", "visible", "Thermal"), ("regdb", "thermal", "Visible"), ("llcm", "vis", "nir")])
@@ -802,9 +799,6 @@ def test_exchanged_lists_are_refused(copy, name, own, other):
     with pytest.raises(UserError, match=f"names [0-9]+ images of ({other}|{own.title() if name == 'regdb' else own}), such as"): read(name, root)
     problems = verify(name, root).problems
     assert any(p.startswith(f"{file}: names {number} images of {other}, such as {other}/") for p in problems) and any(p.startswith(f"{wrong}: names ") for p in problems)
-
-
-
 
 
 def test_benchmark_of_the_cache_records_both_clocks(tmp_path):

@@ -5,25 +5,28 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'Report', 'verify']
 
-# %% ../../nbs/53_dataset_checker.ipynb #3f60121c
+# %% ../../nbs/53_dataset_checker.ipynb #6a0580db
 import os, warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..console import UserError, one_of
-from .cache import decode, in_parallel
+from .cache import decode, in_parallel, open_image
 from .files import AGAIN, collect, complain, dataset_root, is_image, list_folder, read_bytes
 from .permutations import read_permutations
 from .records import COLUMNS, FOLDERS, MODALITIES, SYSU_CAMERAS
 from .records import llcm_images, regdb_images, sysu_images
 
-# %% ../../nbs/53_dataset_checker.ipynb #8007059c
+# %% ../../nbs/53_dataset_checker.ipynb #151b8cb6
+_SYSU_IMAGES = {1: 6289, 2: 7528, 3: 9812, 4: 8030, 5: 8224, 6: 5980}
+
 EXPECTED = {  # {dataset: {what: number}}
     "sysu": {"visible images": 30071, "infrared images": 15792,
-             "camera 1 (visible)": 6289, "camera 2 (visible)": 7528, "camera 3 (infrared)": 9812,
-             "camera 4 (visible)": 8030, "camera 5 (visible)": 8224, "camera 6 (infrared)": 5980,
+             **{f"camera {c} ({m})": _SYSU_IMAGES[c] for c, m in SYSU_CAMERAS.items()},
              "identities with both modalities": 491,
-             "train identities": 296, "val identities": 99, "test identities": 96},
+             "train identities": 296, "val identities": 99, "test identities": 96,
+             "queries (infrared test images)": 3803,
+             "single-shot gallery, all-search": 301, "single-shot gallery, indoor-search": 112},
     "regdb": {"identities": 412, "visible images": 4120, "infrared images": 4120,
               "identities with 10 + 10 images": 412, "complete lists": 40},
     "llcm": {"images": 46767, "identities": 1064,
@@ -34,7 +37,7 @@ def _frame(rows):
     import pandas as pd
     return pd.DataFrame(rows, columns=COLUMNS[:-1])
 
-# %% ../../nbs/53_dataset_checker.ipynb #99770bcc
+# %% ../../nbs/53_dataset_checker.ipynb #1384a1a3
 def _by_permutations(root, t, path):
     "Complain of folders with another number of images than the permutations have."
     wanted = {(c, p): order.shape[1] for c, people in enumerate(read_permutations(path), 1)
@@ -44,24 +47,40 @@ def _by_permutations(root, t, path):
         n, want = found.get((cam, pid), 0), wanted.get((cam, pid), 0)
         if n != want: complain(f"{root}/cam{cam}/{pid:04d}: has {n} images, {want} are expected; {AGAIN}")
 
-# %% ../../nbs/53_dataset_checker.ipynb #e6132fbc
+def _by_numbers(root, t):
+    "Complain of numbers that an identity's images leave out, where its camera has too few images."
+    for (cam, folder), paths in t.path.groupby([t.cam, t.path.str.rpartition("/")[0]]):
+        stems = [Path(p).stem for p in paths]
+        if (t.cam == cam).sum() >= _SYSU_IMAGES[cam] or not all(stem.isdecimal() for stem in stems): continue
+        numbers = {int(stem) for stem in stems}
+        for k in range(1, min(max(numbers), 1000)):  # more than a thousand are no count of images
+            if k not in numbers: complain(f"{root / folder}/{k:04d}.*: is missing; {AGAIN}")
+
+# %% ../../nbs/53_dataset_checker.ipynb #66a7eb5a
 def _check_sysu(root):
     "(images, counts)"
     t = _frame(sysu_images(root))
+    test = t[t.split == "test"]
     counts = {f"{m} images": len(t[t.modality == m]) for m in MODALITIES}
     counts |= {f"camera {c} ({m})": len(t[t.cam == c]) for c, m in SYSU_CAMERAS.items()}
     counts["identities with both modalities"] = int((t.groupby("pid").modality.nunique() == 2).sum())
     counts |= {f"{s} identities": t.pid[t.split == s].nunique() for s in ("train", "val", "test")}
+    counts["queries (infrared test images)"] = len(test[test.modality == "infrared"])
+    drawn = test.cam[test.modality == "visible"].groupby(test.pid).unique().explode()
+    counts["single-shot gallery, all-search"] = len(drawn)
+    counts["single-shot gallery, indoor-search"] = int(drawn.isin((1, 2)).sum())
     return t, counts
 
-# %% ../../nbs/53_dataset_checker.ipynb #387804a8
+# %% ../../nbs/53_dataset_checker.ipynb #e224c76d
 def _check_regdb(root):
     "(images, counts)"
-    import pandas as pd
-    t = pd.concat([_frame(regdb_images(root, trial)).assign(trial=trial) for trial in range(1, 11)])
-    lists = {f"idx/{split}_{('visible', 'thermal')[cam - 1]}_{trial}.txt": n
-             for (split, cam, trial), n in t.groupby(["split", "cam", "trial"]).size().items()}
-    t = t.drop_duplicates(["path", "pid"])
+    rows, lists = set(), {}
+    for trial in range(1, 11):
+        for path, pid, cam, modality, split in regdb_images(root, trial):
+            name = f"idx/{split}_{'visible' if cam == 1 else 'thermal'}_{trial}.txt"
+            lists[name] = lists.get(name, 0) + 1
+            rows.add((path, pid, cam, modality, "listed"))
+    t = _frame(sorted(rows))
     both = t.groupby(["pid", "modality"]).size().unstack(fill_value=0)
     counts = {"identities": len(both), **{f"{m} images": len(t[t.modality == m]) for m in MODALITIES},
               "identities with 10 + 10 images": int((both == 10).all(axis=1).sum()),
@@ -87,12 +106,21 @@ def _walk(folder):
         elif entry.is_dir() and not here.is_relative_to(os.path.realpath(entry.path)):
             yield from _walk(entry.path)
 
-# %% ../../nbs/53_dataset_checker.ipynb #6ccd295c
-def _check_image(file):
-    "A `UserError` if an image cannot be used."
+# %% ../../nbs/53_dataset_checker.ipynb #a7d5f1fd
+def _ended(data):
+    "Whether a JPEG or PNG has its end; other kinds do not say."
+    if data[:2] != b"\xff\xd8": return data[:2] == b"\x89P" and b"IEND" in data[-64:]
+    at = 2
+    while data[at:at + 1] == b"\xff" and data[at + 1:at + 2] != b"\xda":  # fill byte, or part of the header
+        at += 1 if data[at + 1:at + 2] == b"\xff" else 2 + int.from_bytes(data[at + 2:at + 4], "big")
+    return b"\xff\xd9" in data[at:]
+
+def _check_image(file, deep):
+    "A `UserError` if an image cannot be used; decoded if its end is missing or unmarked, or if `deep`."
     data = read_bytes(file)
-    decode(data, file)
-    if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+    open_image(file, data)
+    if deep or not _ended(data): decode(data, file)
+    if data[:2] == b"\xff\xd8" and not _ended(data):
         raise UserError(f"{file}: is truncated, for it has no end-of-image marker; {AGAIN}")
 
 # %% ../../nbs/53_dataset_checker.ipynb #c064776b
@@ -124,19 +152,20 @@ class Report:
         return dict(dataset=self.name, root=str(self.root), ok=self.ok, checks=self.checks.to_dict("records"),
                     problems=problems, notes=self.notes)
 
-# %% ../../nbs/53_dataset_checker.ipynb #c87f48cd
+# %% ../../nbs/53_dataset_checker.ipynb #7fbb555e
 def _table(counts, expected):
     "The table of a report; nothing is known of a count that is not among those `expected`."
     import pandas as pd
-    known = [(what, expected.get(what, 2060 if expected else None), n)       # 2060: a list of RegDB's
-             for what, n in counts.items()]
+    lists = {what: 2060 for what in counts if what.startswith("idx/")} if expected else {}
+    known = [(what, (lists | expected).get(what), n) for what, n in counts.items()]
     t = pd.DataFrame(known, columns=["what", "expected", "found"], dtype=object)
     return t.assign(ok=[want in (None, n) for _, want, n in known])
 
-# %% ../../nbs/53_dataset_checker.ipynb #581ed57f
+# %% ../../nbs/53_dataset_checker.ipynb #6790c922
 def verify(
     name,               # "sysu", "regdb" or "llcm"
     root,               # its folder
+    deep=False,         # decode every image, instead of its header and end
     permutations=None,  # SYSU-MM01: official `rand_perm_cam.mat`, to name every folder with a wrong count
 ):                      # `Report`
     "Everything that is missing, unreadable, truncated or misplaced, and the counts beside those known."
@@ -149,12 +178,14 @@ def verify(
         dataset_root(root, *FOLDERS[name])
         t, counts = {"sysu": _check_sysu, "regdb": _check_regdb, "llcm": _check_llcm}[name](root)
         checks = _table(counts, {} if benchmark else EXPECTED[name])
-        if name == "sysu" and permutations and not benchmark: _by_permutations(root, t, permutations)
+        if name == "sysu" and not benchmark:
+            if permutations: _by_permutations(root, t, permutations)
+            else: _by_numbers(root, t)
         images, known = {f.relative_to(root).as_posix() for f in _walk(root)}, set(t.path)
         for path in sorted(images - known) if list_folder(root / "idx") is not None else ():
             complain(f"{root / path}: is misplaced, for nothing in the dataset tells whose it is; move it")
     files = sorted(images | known)  # a list may name what a walk does not take for an image
-    problems += in_parallel(lambda i: _check_image(root / files[i]), len(files), "verify")
+    problems += in_parallel(lambda i: _check_image(root / files[i], deep), len(files), "verify")
     notes = [str(w.message) for w in told if w.category is UserWarning]
     if name == "sysu" and not (benchmark or permutations or checks.ok.all()):
         notes.append("`--permutations rand_perm_cam.mat` names every folder with a wrong count")
