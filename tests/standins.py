@@ -64,7 +64,7 @@ def sysu_counts(permutations=None):
     table, beside = loadmat(permutations)["rand_perm_cam"], Path(permutations).parent
     counts = {(c, p): o.shape[1] for c, (cam,) in enumerate(table, 1)
               for p, (o,) in enumerate(cam, 1) if o.shape[1]}
-    splits = {s: sorted(map(int, loadmat(beside / f"{s}_id.mat")["id"].ravel())) for s in ("train", "test")}
+    splits = {s: sorted(map(int, loadmat(str(beside / f"{s}_id.mat"))["id"].ravel())) for s in ("train", "test")}
     seen = {m: {p for c, p in counts if SYSU_CAMERAS[c] == m} for m in MODALITIES}
     splits["val"] = sorted((seen["visible"] & seen["infrared"]) - set(splits["train"]) - set(splits["test"]))
     return counts, splits

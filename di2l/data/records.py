@@ -58,14 +58,16 @@ FOLDERS = {"sysu": [f"cam{c}" for c in SYSU_CAMERAS],  # that a dataset has at i
            "regdb": ["Visible", "Thermal", "idx"],
            "llcm": ["vis", "nir", "test_vis", "test_nir", "idx"]}
 
-def sysu_images(root):         # rows; split None for identities in no list
+def sysu_images(root):  # rows; split None for identities in no list
     "Every image of SYSU-MM01: `cam1/0001/0001.jpg`."
     found = [(path, pid, cam, SYSU_CAMERAS[cam])
              for path, cam, pid in camera_images(root) if cam in SYSU_CAMERAS]
     split = sysu_splits(root, {pid for _, pid, _, _ in found})
     return [(*image, split.get(image[1])) for image in found]
 
-def read_sysu(root):           # a `Dataset`
+def read_sysu(
+    root,  # folder with `cam1`…`cam6` and `exp`
+):         # a `Dataset`
     "SYSU-MM01 as its authors distribute it: 395 identities to train on (296 train + 99 val), 96 to test."
     root = dataset_root(root, *FOLDERS["sysu"])
     return Dataset("sysu", root, _table(sysu_images(root), root))
@@ -109,7 +111,7 @@ def _llcm_listed(root, kind, modality, other):
         if cam: yield path, _identity(path, label), int(cam[1]), modality, "train"
         else: complain(f"{root / path}: does not say its camera; expected a name such as 0001_c01_…_vis.jpg")
 
-def llcm_images(root):         # rows; split None for identities that are not in `idx/test_id.txt`
+def llcm_images(root):  # rows; split None for identities that are not in `idx/test_id.txt`
     "Every image of LLCM."
     rows, tested = [], set(read_ids(root / "idx/test_id.txt"))
     for modality, kind, other in ("visible", "vis", "nir"), ("infrared", "nir", "vis"):
@@ -120,7 +122,9 @@ def llcm_images(root):         # rows; split None for identities that are not in
         complain(f"{root}/idx/test_id.txt: identity {pid} has no image in test_vis or test_nir; {AGAIN}")
     return _apart(rows, root, "(test_id.txt)")
 
-def read_llcm(root):           # a `Dataset`
+def read_llcm(
+    root,  # folder with `vis`, `nir`, `test_vis`, `test_nir` and `idx`
+):         # a `Dataset`
     "LLCM: 713 identities to train on, 351 to test, nine cameras that each see both modalities."
     root = dataset_root(root, *FOLDERS["llcm"])
     return Dataset("llcm", root, _table(llcm_images(root), root))
@@ -137,7 +141,9 @@ def read_dataset(
     return {"sysu": read_sysu, "llcm": read_llcm}[name](root)
 
 # %% ../../nbs/01_data.ipynb #ec7bc92f
-def hold_out(dataset):  # a `Dataset`
+def hold_out(
+    dataset,  # with its official split
+):            # a `Dataset`
     "For choosing things: some training identities are the test, the real test is dropped."
     train = dataset.train
     pids, val = np.unique(train.pid), train.pid[train.split == "val"]
@@ -147,7 +153,9 @@ def hold_out(dataset):  # a `Dataset`
     return Dataset(dataset.name, dataset.root, records, dataset.trial, source)
 
 # %% ../../nbs/01_data.ipynb #8fb38839
-def class_labels(records):  # {pid: class 0…K−1}
+def class_labels(
+    records,  # training records
+):            # {pid: class 0…K−1}
     "Classes in order of the identities' numbers, so that every run agrees on them."
     return {int(pid): k for k, pid in enumerate(np.unique(records.pid))}
 

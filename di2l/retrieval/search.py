@@ -68,8 +68,15 @@ def _by_distance(q, gallery, k, metric, block):
     return d, row
 
 # %% ../../nbs/63_search.ipynb #202c9ad1
-def search(query, gallery, k=20, metric="euclidean", device="cpu", block=None):  # distances and rows `(Q,k)`
-    "Exact k nearest of a gallery, array or memory map, in tiles of `block` rows; ties go by row."
+def search(
+    query,               # features `(Q,D)`
+    gallery,             # features `(G,D)`, an array or a memory map
+    k=20,                # neighbours wanted
+    metric="euclidean",  # "euclidean" or "cosine"
+    device="cpu",        # where to multiply
+    block=None,          # gallery rows at a time; changes memory, never the result
+):                       # distances float64 and gallery rows `(Q,k)`, nearest first, ties by row
+    "Exact k nearest neighbours, a tile at a time; fewer than k where the gallery is smaller."
     whole(1, k=k)
     gallery, device = as_array(gallery), torch_device(device)
     query, head = check_both(query, gallery[:4096], metric)

@@ -149,8 +149,14 @@ def _is_there(out, about):
     raise UserError(f"{out}: has {have} images of {found['images']}; delete the folder and write it again")
 
 # %% ../../nbs/62_benchmark.ipynb #a9e22994
-def write_benchmark(out, preset="default", seed=0, workers=None, **knobs):  # the folder
-    "Do what `di2l_synth` does; returns at once if the very same is there, and never overwrites another."
+def write_benchmark(
+    out,               # folder to be written; its parents are made
+    preset="default",  # name in `PRESETS`
+    seed=0,            # of the data
+    workers=None,      # processes; None = one a core
+    **knobs,           # fields of `Settings` that differ from the preset's
+):                     # the folder
+    "Write a benchmark; returns at once if the very same is there already, and never overwrites another."
     out, s = Path(out), _settings_for(preset, **knobs)
     workers = os.cpu_count() or 1 if workers is None else workers
     whole(1, workers=workers)
