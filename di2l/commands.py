@@ -68,7 +68,7 @@ def _fields():
 
 @command("di2l_train", _fields)
 def train(
-    preset: str = "quick",  # paper-sysu, paper-regdb, caj, agw or quick
+    preset: str = "quick",  # quick, paper-sysu, paper-regdb, or a method's name: its published settings
     out: path = None,       # folder of the run
     resume: bool = False,   # go on from the last checkpoint in --out
     json: path = None,      # write the summary there too
