@@ -209,7 +209,9 @@ def test_a_real_dataset_is_trained_evaluated_and_recorded_once(table1, tmp_path)
     finally: os.chdir(back)
     assert row["regdb mAP"] == "–"
     assert 0 <= float(row["single rank-1"]) <= 100 and 0 <= float(row["multi mAP"]) <= 100
-    assert set(space["real_row"]("DDAG", found).values()) == {"–"}
+    assert set(space["real_row"]("DDAG", {}).values()) == {"–"}
+    settings = {m: space["config"](preset).method for m, preset in space["PRESETS"].items()}
+    assert len(settings) == 14 and (settings["DDAG"], settings["Zero-padding"], settings["DI2L"]) == ("ddag", "zero-padding", "di2l")
 
 
 FALSE = """
