@@ -33,7 +33,7 @@ test: export OMP_NUM_THREADS := 1
 test: .venv/ready
 	$(BIN)/python -m pytest -q tests/test_repository.py
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q --ignore tests/test_repository.py --durations 15 tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_repository.py --durations 15 tests
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir nbs
