@@ -106,6 +106,8 @@ def fake_record(name, data_seed, seed):
 def write_fake_records(results):
     "A record for every run that is planned."
     from di2l import experiments
+    from di2l.methods import measured                                  # which plans the rows of Table 1
+    assert set(measured.ROW_OF.values()) <= experiments.PLAN.keys()
     from di2l.results.record import record_path
     for planned in (experiments.PLAN, experiments.CONFIRM):
         for run in ((name, d, s) for name, pairs in planned.items() for d, s in pairs):
@@ -154,15 +156,30 @@ def table1(run_notebook): return run_notebook("20_table1")
 def claims(run_notebook): return run_notebook("25_claims")
 
 
-def test_table1_shows_means_and_deviations_of_the_records(table1):
+def test_table1_shows_means_and_intervals_of_the_records(table1):
+    "A fake row is at 60, or 5 above that for DI2L, and 5 higher on each further data seed."
+    from scipy.stats import t
     space, root = table1
     cells = space["cells"].set_index(space["printed"].method)
     levels = [65 + 5 * d for d in (9, 10, 0, 1)]
-    assert cells.loc["DI2L", "single rank-1"] == f"{np.mean(levels):.1f} ± {np.std(levels, ddof=1):.1f}"
+    half = t.ppf(0.975, 3) * np.std(levels, ddof=1) / 2
+    assert cells.loc["DI2L", "single rank-1"] == f"{np.mean(levels):.1f} ± {half:.1f}"
+    assert cells.loc["DDAG", "single rank-1"] == f"{np.mean(levels) - 5:.1f} ± {half:.1f}"
     assert "±" in cells.loc["CAJ", "regdb mAP"] and cells.loc["AGW", "regdb mAP"] == "–"
-    assert set(cells.loc["DDAG"]) == {"–"}
-    assert list(space["states"][[7, 13]]) == ["built, not measured yet", "4 + 6 runs"]
-    assert (root / "figures" / "table1_margins.png").exists()
+    assert list(space["states"][[7, 13]]) == ["4 runs", "4 + 6 runs"]
+    names = {"margins", "order", "pairs", "cost"}
+    assert {f"table1_{n}.png" for n in names} <= {p.name for p in (root / "figures").iterdir()}
+
+
+def test_table1_compares_rows_on_the_same_data(table1):
+    "DI2L is 5 above all others on every data seed, AGW 4 below them, and nothing else differs."
+    space, _ = table1
+    assert space["against"].loc["DI2L", ["mean", "low", "high"]].tolist() == pytest.approx([5, 5, 5])
+    assert space["against"].loc["DDAG", "mean"] == pytest.approx(0)
+    seen = space["pairs"][space["pairs"].seen]
+    assert len(space["pairs"]) == 91 and len(seen) == 25                  # 13 of DI2L, 12 more of AGW
+    assert set(seen.row) | set(seen.other) >= {"DI2L", "AGW"} and (seen.mAP > 3).all()
+    assert space["short"]("MACE") == "MACE †" and space["short"]("DDAG") == "DDAG"
 
 
 def test_protocols_of_table1_are_those_of_the_datasets(table1):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..experiments import TABLE2, recorded
 from ..files import read_json
+from ..methods.measured import table1_block
 from .statistics import ALL_SEARCH, METRICS, difference_table, interval_text, results_frame
 
 # %% ../../nbs/73_readme.ipynb #47362bb0
@@ -63,7 +64,7 @@ def fill_readme(
 ):                      # the text with its blocks written anew
     "Write the README's measured blocks from the records; a block without a record says so."
     record = recorded("di2l", results=results)
-    blocks = dict(reproduce=_reproduce_block(record) if record else None,
+    blocks = dict(reproduce=_reproduce_block(record) if record else None, table1=table1_block(results),
                   table2=_table2_block(results_frame(TABLE2, results)))
     def block(found):
         content = blocks.get(found[1]) or "Not on record yet: `make results` makes it."
