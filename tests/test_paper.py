@@ -72,6 +72,15 @@ def test_table2_cell_by_cell(paper):
         assert [row["method"], *(row[c] for c in CELLS[:8])] == [plain(c) for c in cells]
 
 
+def test_cells_printed_elsewhere_are_cells_and_others():
+    "Every line names a row and a column of Table 1, a number that is not the paper's, and where it is from."
+    own = {r["method"]: r for r in rows(1)}
+    lines = (PAPER / "elsewhere.csv").read_text(encoding="utf-8").splitlines()
+    for line in csv.DictReader(line for line in lines if not line.startswith("#")):
+        assert abs(float(own[line["method"]][line["cell"]]) - float(line["elsewhere"])) > 0.1, line
+        assert len(line["source"]) > 10
+
+
 def test_the_files_say_whose_numbers_they_are():
     for n in (1, 2):
         assert "of the paper" in (PAPER / f"table{n}.csv").read_text(encoding="utf-8").splitlines()[0]
