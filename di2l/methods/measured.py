@@ -54,6 +54,7 @@ def training_curve(
     record = recorded(ROW_OF[method], 0, 0, results)
     return record and plot_log(pd.DataFrame(record["curve"]))
 
+# %% ../../nbs/43_measured.ipynb #fbfba2e4
 def table1_block(
     results,  # folder of the records
 ):            # markdown, or None while a row has no record
@@ -71,6 +72,7 @@ def table1_block(
         above = interval_text(over.loc[m, ["mean", "low", "high"]]) if m in over.index else ""
         lines.append(f"| {title} | {means['rank-1']:.1f} | {means['mAP']:.1f} | {above} |")
     seeds = frame.groupby("name").data_seed.nunique().min()
-    return "\n".join([*lines, "", f"Percent, and points with a 95 % interval over {seeds} data seeds; SYSU-shaped "
-                      "synthetic benchmark, all-search single-shot. † rebuilt from its idea: neither the full "
-                      "text nor code of its authors was available."])
+    text = (f"Percent, and points with a 95 % interval over {seeds} data seeds; SYSU-shaped synthetic "
+            "benchmark, all-search single-shot. † rebuilt from its idea: neither the full text nor code of "
+            "its authors was available.")
+    return "\n".join([*lines, "", text])

@@ -114,7 +114,8 @@ def record_translations(
     "Keep what `score_translations` found beside the row's record, and a picture."
     found, tiles = score_translations(run)
     row = recorded(ROW_OF[method], 0, 0, results)
-    out = dict(name=ROW_OF[method], identity=row["identity"], code=row["code"], versions=versions(), **tidy(found))
+    of = dict(name=ROW_OF[method], identity=row["identity"], code=row["code"], versions=versions())
+    out = of | tidy(found)
     stream, lines = io.BytesIO(), [np.concatenate(list(line), 1) for line in tiles]
     Image.fromarray(np.concatenate(lines)).save(stream, "JPEG", quality=88)
     folder = Path(results) / "translations"
