@@ -68,13 +68,14 @@ def _fields():
 
 @command("di2l_train", _fields)
 def train(
-    preset: str = "quick",  # quick, paper-sysu, paper-regdb, or a method's name: its published settings
+    preset: str = "quick",  # quick, paper-sysu, paper-regdb, ddag …: as published, quick-ddag …: as tuned here
     out: path = None,       # folder of the run
     resume: bool = False,   # go on from the last checkpoint in --out
     json: path = None,      # write the summary there too
     **changes,              # fields of `di2l.runs.config.Config` and settings of the method
 ):
     "Train a method on a dataset and leave the run in a folder."
+    import di2l.methods.tuning                                           # which adds presets quick-ddag …
     from di2l.runs.config import config
     from di2l.train import train
     if out is None: raise UserError("give --out RUN, the folder that the run is to be left in")
@@ -82,7 +83,6 @@ def train(
     if json: write_whole(json, (run / "summary.json").read_bytes())
 
 # %% ../nbs/68_commands.ipynb #57836e5e
-_EVERY = "metric expand rerank json"
 _USES = {                                     # form of the command: options with a part in it, beside those
     "--run": "run mode shots permutations seed direction flip root device",
     "--gallery": "features gallery skip",
@@ -97,7 +97,7 @@ def _form(given):
     one_of(("sysu", "regdb", "llcm"), protocol=(protocol := given["protocol"] or "sysu"))
     form = "--run" if given["run"] else "--gallery" if given["gallery"] else f"--protocol {protocol}"
     for name, value in given.items():
-        if value is not None and value is not False and name not in f"{_USES[form]} {_EVERY}".split():
+        if value is not None and value is not False and name not in f"{_USES[form]} metric expand rerank json".split():
             raise UserError(f"--{name} does nothing with {form}; leave it out")
     return form
 

@@ -9,7 +9,7 @@ __all__ = ['KNOBS', 'SLOW', 'RATES', 'BEST', 'row_settings', 'tried']
 from ..console import field_types
 from ..experiments import CHOSEN, PART_FORM, PIXEL_FORM, SEARCH, define
 from .rows import METHODS, TABLE1
-from ..runs.config import Config, config
+from ..runs.config import PRESETS, Config, config
 
 KNOBS = {"zero-padding": "erase", "d2rl": "kl", "cdp": "margin", "aligngan": "task", "mace": "ensemble",
          "xcmg": "cmg", "ddag": "graph_weight", "tsgan": "guided", "df2am": "affinity_weight",
@@ -46,3 +46,5 @@ for method in TABLE1:
         settings = {**row_settings(method), **change, "hold_out": True}
         define(f"tune-{method}-{what}", settings=settings, named=True)
         SEARCH[f"tune-{method}-{what}"] = [(6, 0)]
+    # `config("quick-ddag")`, `di2l_train --preset quick-ddag`
+    PRESETS[f"quick-{method}"] = {**PRESETS["quick"], **row_settings(method), **tried(method)[BEST[method]]}
