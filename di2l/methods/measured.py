@@ -21,7 +21,7 @@ for method in TABLE1:
     ROW_OF[method] = f"row-{method}" if change or method not in _TABLE2 else _TABLE2[method]
     if ROW_OF[method] in PLAN: continue
     define(ROW_OF[method], settings={**row_settings(method), **change}, named=True)
-    PLAN[ROW_OF[method]] = [(d, 0) for d in (9, 10, 0, 1)]
+    PLAN[ROW_OF[method]] = [(d, 0) for d in (9, 10, 0)]
 
 # %% ../../nbs/43_measured.ipynb #54452df0
 def mean_half(values):  # such as "63.0 ± 5.1"; no ± from a single value
