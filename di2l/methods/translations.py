@@ -73,7 +73,7 @@ def score_translations(
     data, images = run_images(info)
     about = read_benchmark(data.root)
     test = data.test[data.test.modality == "visible"]
-    rows, scene = test.index.to_numpy(), (Settings(**about["settings"]), about["seed"])
+    rows, scene = np.array(test.index), (Settings(**about["settings"]), about["seed"])
     twins = np.stack([twin(*scene, r.pid, r.cam, r.frame) for r in test.itertuples()])
     visible = torch.from_numpy(images[rows].numpy())
     train = data.train.index[data.train.modality == "infrared"].to_numpy()
