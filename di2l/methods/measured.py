@@ -16,14 +16,15 @@ from ..results.statistics import (
 
 _TABLE2 = {"di2l": "table2-di2l", "caj": "table2-baseline", "agw": "table2-agw"}
 ROW_OF = {}                # method: the experiment that is its row
-DATA_SEEDS = (9, 10, 0)    # data that every row has
+DATA_SEEDS = (9, 10, 0)    # data that the rows are compared on
+_DEAR = ("aligngan", "d2rl")                       # these have the first and the last of them
 
 for method in TABLE1:
     change = tried(method)[BEST[method]]
     ROW_OF[method] = f"row-{method}" if change or method not in _TABLE2 else _TABLE2[method]
     if ROW_OF[method] in PLAN: continue
     define(ROW_OF[method], settings={**row_settings(method), **change}, named=True)
-    PLAN[ROW_OF[method]] = [(d, 0) for d in DATA_SEEDS]
+    PLAN[ROW_OF[method]] = [(d, 0) for d in (DATA_SEEDS[::2] if method in _DEAR else DATA_SEEDS)]
 
 # %% ../../nbs/43_measured.ipynb #54452df0
 def rows_frame(
@@ -31,7 +32,7 @@ def rows_frame(
     protocol=ALL_SEARCH,    # whose metrics
     methods=TABLE1,         # rows
 ):                          # as `results_frame`
-    "Metrics of rows of Table 1 on the data that every row has."
+    "Metrics of rows of Table 1 on the data that they are compared on."
     frame = results_frame([ROW_OF[m] for m in methods], results, protocol)
     return frame[frame.data_seed.isin(DATA_SEEDS)]
 
