@@ -6,11 +6,13 @@
 __all__ = ['ROW_OF', 'DATA_SEEDS', 'rows_frame', 'mean_half', 'measured', 'training_curve', 'table1_block']
 
 # %% ../../nbs/43_measured.ipynb #7c18f258
+import sys
 from pathlib import Path
 
 from ..experiments import PLAN, define, recorded
 from .rows import REBUILT, TABLE1
 from .tuning import BEST, row_settings, tried
+from ..model import METHODS
 from ..results.statistics import (
     ALL_SEARCH, METRICS, difference_table, interval, interval_text, results_frame)
 
@@ -27,12 +29,20 @@ for method in TABLE1:
     PLAN[ROW_OF[method]] = [(d, 0) for d in (DATA_SEEDS[::2] if method in _DEAR else DATA_SEEDS)]
 
 # %% ../../nbs/43_measured.ipynb #54452df0
+def _as_exported(method):
+    "Register the module's class, where the notebook that writes it has registered its own: records know it."
+    cls = METHODS[method]
+    if cls.__module__ != "__main__": return
+    modules = [m for name, m in sys.modules.items() if name.startswith("di2l.methods.")]
+    METHODS[method] = next(vars(m)[cls.__name__] for m in modules if cls.__name__ in vars(m))
+
 def rows_frame(
     results,                # folder of the records
     protocol=ALL_SEARCH,    # whose metrics
     methods=TABLE1,         # rows
 ):                          # as `results_frame`
     "Metrics of rows of Table 1 on the data that they are compared on."
+    for method in methods: _as_exported(method)
     frame = results_frame([ROW_OF[m] for m in methods], results, protocol)
     return frame[frame.data_seed.isin(DATA_SEEDS)]
 
@@ -63,6 +73,7 @@ def training_curve(
     "Loss terms and accuracy of a row's run on data seed 0."
     import pandas as pd
     from di2l.runs.log import plot_log
+    _as_exported(method)
     record = recorded(ROW_OF[method], 0, 0, results)
     return record and plot_log(pd.DataFrame(record["curve"]))
 
