@@ -75,7 +75,10 @@ def training_curve(
     from di2l.runs.log import plot_log
     _as_exported(method)
     record = recorded(ROW_OF[method], 0, 0, results)
-    return record and plot_log(pd.DataFrame(record["curve"]))
+    if record is None: return None
+    curve = pd.DataFrame(record["curve"])
+    whole = [n for n in curve if n.split(".")[-1] in ("step", "loss", "accuracy")]
+    return plot_log(curve[whole] if len(curve.columns) > 15 else curve)           # of many turns, their sums
 
 # %% ../../nbs/43_measured.ipynb #fbfba2e4
 def table1_block(
