@@ -68,7 +68,7 @@ def _fields():
 
 @command("di2l_train", _fields)
 def train(
-    preset: str = "quick",  # quick, paper-sysu, paper-regdb, ddag …: as published, quick-ddag …: as tuned here
+    preset: str = "quick",  # quick, paper-sysu, paper-regdb; ddag …: as published; quick-ddag …: as tuned
     out: path = None,       # folder of the run
     resume: bool = False,   # go on from the last checkpoint in --out
     json: path = None,      # write the summary there too
@@ -96,9 +96,9 @@ def _form(given):
         raise UserError("give either --run RUN (a training run) or --features FILE.npz (of any program)")
     one_of(("sysu", "regdb", "llcm"), protocol=(protocol := given["protocol"] or "sysu"))
     form = "--run" if given["run"] else "--gallery" if given["gallery"] else f"--protocol {protocol}"
-    for name, value in given.items():
-        if value is not None and value is not False and name not in f"{_USES[form]} metric expand rerank json".split():
-            raise UserError(f"--{name} does nothing with {form}; leave it out")
+    used = f"{_USES[form]} metric expand rerank json".split()
+    for name in (n for n, v in given.items() if v is not None and v is not False and n not in used):
+        raise UserError(f"--{name} does nothing with {form}; leave it out")
     return form
 
 def _runs(text):

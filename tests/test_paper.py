@@ -137,7 +137,7 @@ def run_notebook(tmp_path_factory):
     def run(name, records=True, **given):
         root, back = tmp_path_factory.mktemp(name), Path.cwd()
         for folder in ("nbs", "results/runs", "figures"): (root / folder).mkdir(parents=True)
-        (root / "results" / "paper").symlink_to(PAPER)
+        for given_there in ("paper", "benchmarks"): (root / "results" / given_there).symlink_to(REPO / "results" / given_there)
         if records: write_fake_records(root / "results")
         monkey.setattr(experiments, "complete", lambda *names, **_: None)   # or it makes what is missing
         notebook = nbformat.read(REPO / "nbs" / f"{name}.ipynb", 4)
