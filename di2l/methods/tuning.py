@@ -6,6 +6,8 @@
 __all__ = ['KNOBS', 'SLOW', 'RATES', 'BEST', 'row_settings', 'tried']
 
 # %% ../../nbs/42_tuning.ipynb #affee613
+from functools import cache
+
 from ..console import field_types
 from ..experiments import CHOSEN, PART_FORM, PIXEL_FORM, SEARCH, define
 from .rows import METHODS, TABLE1
@@ -33,6 +35,7 @@ RATES = {**dict.fromkeys(TABLE1, "base"), "zero-padding": "slower",
          **dict.fromkeys(("cdp", "mace", "xcmg", "ddag", "tsgan", "df2am", "nfs", "maum"), "faster")}
 BEST = {**RATES}
 
+@cache
 def tried(method):  # {name of the try: settings on top}
     "The five settings of a method's search."
     base = row_settings(method)
