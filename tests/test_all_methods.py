@@ -10,6 +10,7 @@ from torch import nn
 from di2l import train as T
 from di2l.console import UserError, field_types
 from di2l.data.records import IdentitySampler
+from di2l.methods import recipes     # which adds its methods
 from di2l.methods.method import Batch, When, group_slices
 from di2l.methods.rows import METHODS, PUBLISHED, SOURCES, TABLE1
 from di2l.runs.config import config
@@ -18,7 +19,9 @@ from di2l.runs.process import fix_arithmetic
 from di2l.synthetic.benchmark import write_benchmark
 from processes import by_processes
 
-ROWS = [name for name, method in METHODS.items() if method.__module__ != "di2l.methods.controls"]
+MODERN = ("zero-padding-modern", "ddag-modern", "tsgan-modern")     # of `recipes`: a network, a class and a phase of its own
+OTHERS = ("di2l.methods.controls", "di2l.methods.recipes")
+ROWS = [*(name for name, method in METHODS.items() if method.__module__ not in OTHERS and name != "base"), *MODERN]
 SMALL = dict(size=(96, 48), ids=4, visible=2, infrared=2, steps=5, save_every=2, device="cpu", precision="fp32")
 
 
