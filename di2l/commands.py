@@ -221,14 +221,14 @@ def reproduce(
     from di2l.experiments import recorded, run
     from di2l.results import figures as draw, gallery, statistics
     from di2l.runs.log import plot_log
-    again = Path(runs) / "reproduce"
-    outcome = run("di2l", data=data, runs=again, results=again, keep=True)
-    shown = {"this run": outcome, "on record": recorded("di2l", results=results)}
+    name, again = "table2-di2l", Path(runs) / "reproduce"
+    outcome = run(name, data=data, runs=again, results=again, keep=True)
+    shown = {"this run": outcome, "on record": recorded(name, results=results)}
     rows = [dict(protocol=p, run=what, **{k: 100 * m[key] for k, key in statistics.METRICS.items()})
             for what, record in shown.items() if record for p, m in record["metrics"].items()]
     print(pd.DataFrame(rows).to_string(index=False, float_format="%.1f"))
     draw.style()                                                     # one for all, the curves too
-    tiles, plots = gallery.read_gallery("di2l", again), dict(curves=plot_log(pd.DataFrame(outcome["curve"])))
+    tiles, plots = gallery.read_gallery(name, again), dict(curves=plot_log(pd.DataFrame(outcome["curve"])))
     plots |= {f"retrieval_{d.replace('→', '_to_')}": draw.draw_grid(tiles, d) for d in tiles["directions"]}
     for name, fig in plots.items(): draw.save_figure(fig, name, folder=figures)
     print(f"record, network and log: {again}; figures: {figures}/ {', '.join(plots)}")

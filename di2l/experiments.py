@@ -108,7 +108,7 @@ _SEEDS = dict(bench=1, held=2)      # training seeds on each data seed; three wh
 PLAN = {name: _pairs((0, 1), _SEEDS.get(name.split("-")[0], 3)) for name in EXPERIMENTS}
 PLAN |= {name: _pairs((0, 1), 5) for name in ("baseline", "dpa", "di2l")} | dict(tiny=[(0, 0)])
 CONFIRM = {name: _pairs((2, 3, 4, 5), 3) for name in ("baseline", "dpa", "di2l")}
-GALLERIES = (("di2l", 0, 0), ("regdb-di2l", 0, 0))
+GALLERIES = (("table2-di2l", 0, 0), ("regdb-row-di2l", 0, 0))
 
 # %% ../nbs/10_experiments.ipynb #d159f63d
 _FREE = dict(method="caj", non_local=False)
@@ -218,9 +218,8 @@ def _deciding(e, data_seed, seed):
         drop |= {k for k, v in _LATER.items() if settings.get(k) == v}
     run["settings"] = {k: v for k, v in settings.items() if k not in drop}
     data = asdict(replace(PRESETS[e.benchmark], **e.knobs))
-    what = dict(scoring=_SCORING, generator=VERSION, benchmark=data, control=e.control,
+    return dict(scoring=_SCORING, generator=VERSION, benchmark=data, control=e.control,
                 data_seed=data_seed, run=run)
-    return what
 
 def _identity(e, data_seed, seed):
     "A name, 12 hexadecimal digits, for all but the code that decides the outcome of a run of an experiment."

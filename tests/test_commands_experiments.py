@@ -22,7 +22,7 @@ def test_readme_numbers_are_those_on_record():
 
 def test_reproduce_end_to_end(tmp_path, monkeypatch, capsys):
     "The README's command on the small benchmark: figures drawn, a table printed; the second call trains nothing."
-    monkeypatch.setitem(X.EXPERIMENTS, "di2l", replace(X.EXPERIMENTS["tiny"], name="di2l"))
+    monkeypatch.setitem(X.EXPERIMENTS, "table2-di2l", replace(X.EXPERIMENTS["tiny"], name="table2-di2l"))
     args = dict(data=tmp_path / "data", runs=tmp_path / "runs", results=ROOT / "results", figures=tmp_path / "figures")
     first = reproduce(**args)
     printed = capsys.readouterr().out

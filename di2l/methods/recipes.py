@@ -32,7 +32,7 @@ def some_channels(
     return torch.where(coins.to(images.device)[:, None, None, None], changed, images)
 
 # %% ../../nbs/45_recipes.ipynb #f7d31efb
-TRIPLETS = ("triplet", "cmg", "mrg", "visible_pairs", "infrared_pairs")   # terms of hard triplets, in all rows
+TRIPLETS = ("triplet", "cmg", "mrg", "visible_pairs", "infrared_pairs")   # terms of hard triplets
 
 def wrt_instead(
     terms,   # of a method's loss

@@ -32,7 +32,7 @@ def row_settings(
 SLOW = ("zero-padding",)       # half the recipe's rate was better than all of it: a quarter is tried too
 # of the three learning rates, and of all five tries, the best (below)
 RATES = {**dict.fromkeys(TABLE1, "base"), "zero-padding": "slower",
-         **dict.fromkeys(("cdp", "mace", "xcmg", "ddag", "tsgan", "df2am", "nfs", "maum"), "faster")}
+         **dict.fromkeys("cdp mace xcmg ddag tsgan df2am nfs maum di2l".split(), "faster")}
 BEST = {**RATES}
 
 @cache

@@ -63,7 +63,7 @@ def fill_readme(
     results="results",  # folder of the records
 ):                      # the text with its blocks written anew
     "Write the README's measured blocks from the records; a block without a record says so."
-    record = recorded("di2l", results=results)
+    record = recorded("table2-di2l", results=results)
     blocks = dict(reproduce=_reproduce_block(record) if record else None, table1=table1_block(results),
                   table2=_table2_block(results_frame(TABLE2, results)))
     def block(found):
