@@ -1,4 +1,4 @@
-"""What a training step of every row of Table 1 costs beside CAJ's: `python benchmarks/methods.py [--repeat 3] [--steps 20]` → results/benchmarks/methods.json.
+"""What a training step of every row of Table 1 costs beside CAJ's: `python benchmarks/methods.py [--repeat 3] [--steps 20] [--methods cdp-modern base-modern --out spectra.json]` → results/benchmarks/methods.json.
 
 Each method trains some steps of the preset `quick`, as `42_tuning` has it, in a process of its own, and the methods take turns. A method with phases
 goes through all of them, since they are shares of a run. Processor seconds of the process are compared, so that other programs on the machine count
@@ -20,6 +20,7 @@ def peak_mb(): return next(int(line.split()[1]) / 1024 for line in open("/proc/s
 
 def one(method, steps):
     "Processor seconds of every step, and megabytes of memory above the package's own."
+    import di2l.methods.recipes                                  # which adds its methods
     from di2l.methods.tuning import row_settings
     from di2l.methods.method import When
     before = peak_mb()
@@ -50,22 +51,23 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--repeat", type=int, default=3)
     p.add_argument("--steps", type=int, default=20)
-    p.add_argument("--one", choices=TABLE1, help="measure one method and print it")
+    p.add_argument("--methods", nargs="+", default=[m for m in TABLE1 if m != "caj"], help="measured beside CAJ")
+    p.add_argument("--one", help="measure one method and print it")
     p.add_argument("--out", default=Path(__file__).resolve().parents[1] / "results" / "benchmarks" / "methods.json", type=Path)
     args = p.parse_args()
     torch.set_num_threads(1)
     if args.one: return print(json.dumps(one(args.one, args.steps)))
     from machine import machine
-    rounds = []
+    rounds, methods = [], ["caj", *args.methods]
     for _ in range(args.repeat):
         rounds.append({})
-        for method in TABLE1:
+        for method in methods:
             done = subprocess.run([sys.executable, __file__, "--one", method, "--steps", str(args.steps)], capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])
             rounds[-1][method] = dict(step=mean_step(found), dearest=max(phases(found).values()), memory=found["memory"])
             print(method, {k: round(v, 3) for k, v in rounds[-1][method].items()}, flush=True)
     def over_caj(method, what, base): return round(statistics.median(r[method][what] / r["caj"][base] for r in rounds), 2)
-    rows = {m: dict(step=over_caj(m, "step", "step"), dearest_phase=over_caj(m, "dearest", "step"), memory=over_caj(m, "memory", "memory")) for m in TABLE1}
+    rows = {m: dict(step=over_caj(m, "step", "step"), dearest_phase=over_caj(m, "dearest", "step"), memory=over_caj(m, "memory", "memory")) for m in methods}
     args.out.write_text(json.dumps(dict(over_caj=rows, steps=args.steps, turns=args.repeat, machine=machine()), indent=1) + "\n")
 
 

@@ -75,7 +75,7 @@ def train(
     **changes,              # fields of `di2l.runs.config.Config` and settings of the method
 ):
     "Train a method on a dataset and leave the run in a folder."
-    import di2l.methods.tuning                                           # which adds presets quick-ddag …
+    import di2l.methods.recipes, di2l.methods.tuning   # which add methods ddag-modern …, presets quick-ddag …
     from di2l.runs.config import config
     from di2l.train import train
     if out is None: raise UserError("give --out RUN, the folder that the run is to be left in")

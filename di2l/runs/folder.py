@@ -94,8 +94,8 @@ def _values(table, cls):
 
 def _info(run):
     "What `config.json` holds, and the method that it names; a `UserError` names a key that is wrong."
-    path = _there(run / "config.json")
-    info = read_json(path, _AGAIN)
+    import di2l.methods.recipes                                           # which adds methods ddag-modern …
+    info = read_json(path := _there(run / "config.json"), _AGAIN)
     try:
         for name in info: one_of(_KEYS, key=name)
         given, settings = {**info["config"]}, {**info["method"]}
