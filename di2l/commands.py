@@ -195,7 +195,7 @@ def experiments(
     json: path = None,           # write the status there
 ):
     "Make or list the records behind every table and figure."
-    import di2l.methods.measured                               # which adds its experiments, and the tuning's
+    import di2l.methods.spectra                                # which adds the experiments of 42 to 47
     from di2l.experiments import make, status
     one_of(("make", "status", "readme"), what=what)
     if what == "readme":

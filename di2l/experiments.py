@@ -104,9 +104,8 @@ define("tiny", benchmark="tiny", settings=dict(steps=12, device="cpu", precision
 
 def _pairs(data_seeds, seeds): return [(d, s) for d in data_seeds for s in range(seeds)]
 
-_SEEDS = dict(bench=1, held=2)      # training seeds on each data seed; three where not said
-PLAN = {name: _pairs((0, 1), _SEEDS.get(name.split("-")[0], 3)) for name in EXPERIMENTS}
-PLAN |= {name: _pairs((0, 1), 5) for name in ("baseline", "dpa", "di2l")} | dict(tiny=[(0, 0)])
+_SEEDS = dict(bench=1, held=2, baseline=5, dpa=5, di2l=5)   # training seeds; three where not said
+PLAN = {name: _pairs((0, 1), _SEEDS.get(name.split("-")[0], 3)) for name in EXPERIMENTS} | {"tiny": [(0, 0)]}
 CONFIRM = {name: _pairs((2, 3, 4, 5), 3) for name in ("baseline", "dpa", "di2l")}
 GALLERIES = (("table2-di2l", 0, 0), ("regdb-row-di2l", 0, 0))
 

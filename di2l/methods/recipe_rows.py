@@ -30,7 +30,8 @@ define("recipe-base", settings=row_settings("base", lr=4e-3), named=True)
 PLAN["recipe-base"] = [(0, 0)]
 _twice("base", "recipe-base")
 for method in TABLE1:
-    if f"{method}-modern" in recipes.METHODS and method != "d2rl": _twice(method, ROW_OF[method])
+    if f"{method}-modern" not in recipes.METHODS or method in ("d2rl", "tsgan"): continue
+    _twice(method, ROW_OF[method])
 
 # %% ../../nbs/46_method_or_recipe.ipynb #2eb56ca7
 def recipe_frame(

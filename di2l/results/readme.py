@@ -12,6 +12,7 @@ from pathlib import Path
 from ..experiments import TABLE2, recorded
 from ..files import read_json
 from ..methods.measured import table1_block
+from ..methods.spectra import spectra_blocks
 from .statistics import ALL_SEARCH, METRICS, difference_table, interval_text, results_frame
 
 # %% ../../nbs/73_readme.ipynb #47362bb0
@@ -65,7 +66,7 @@ def fill_readme(
     "Write the README's measured blocks from the records; a block without a record says so."
     record = recorded("table2-di2l", results=results)
     blocks = dict(reproduce=_reproduce_block(record) if record else None, table1=table1_block(results),
-                  table2=_table2_block(results_frame(TABLE2, results)))
+                  table2=_table2_block(results_frame(TABLE2, results)), **spectra_blocks(results))
     def block(found):
         content = blocks.get(found[1]) or "Not on record yet: `make results` makes it."
         return f"<!-- {found[1]} -->\n{content}\n<!-- /{found[1]} -->"
