@@ -17,7 +17,7 @@ from di2l import experiments as X
 from di2l.console import UserError
 from di2l.data.cache import cache_images
 from di2l.data.records import hold_out, read_sysu
-from di2l.methods import tuning  # defines experiments too
+from di2l.methods import spectra  # defines experiments too, as those that it imports
 from di2l.results import code as C
 from di2l.results.gallery import read_gallery
 from di2l.results.record import record_path
