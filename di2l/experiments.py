@@ -348,6 +348,7 @@ def make(
 
 def _run(e, *which, **folders):
     "A run in a process that may not know its experiment."
+    import di2l.methods.recipes                             # which adds methods that it may be of
     EXPERIMENTS[e.name] = e
     run(*which, **folders)
 

@@ -104,8 +104,8 @@ def table1_block(
         above = interval_text(table.loc[m, ["mean", "low", "high"]]) if m in table.index else ""
         lines.append(f"| {title} | {means['rank-1']:.1f} | {means['mAP']:.1f} | {above} |")
     seeds = frame.groupby("name").data_seed.nunique()
-    fewer = ", ".join(titles[m] for m in TABLE1 if seeds[ROW_OF[m]] < seeds.max())
-    over = f"{seeds.max()} data seeds" + (f" ({seeds.min()} for {fewer})" if fewer else "")
+    fewer = [f"{seeds[ROW_OF[m]]} for {titles[m]}" for m in TABLE1 if seeds[ROW_OF[m]] < seeds.max()]
+    over = f"{seeds.max()} data seeds" + (f" ({', '.join(fewer)})" if fewer else "")
     text = (f"Percent, and points with a 95 % interval over {over}; SYSU-shaped synthetic "
             "benchmark, all-search single-shot. † rebuilt from its idea: neither the full text nor code of "
             "its authors was available.")

@@ -33,9 +33,9 @@ def recipe_block(
     above = (systems.modern > table.modern["base"]).sum()
     return (f"With the newest rows' recipe in place of its own, each of {len(systems)} older systems gains, "
             f"{systems.gain.min():.1f} to {systems.gain.max():.1f} points of mAP; the standard deviation "
-            f"between them falls from {systems.own.std():.1f} to {systems.modern.std():.1f}; and the two-stream "
-            f"network without any system reaches {table.modern['base']:.1f}, above {len(systems) - above} of them "
-            "(one run each, data seed 0).")
+            f"between them falls from {systems.own.std():.1f} to {systems.modern.std():.1f}; and the "
+            f"two-stream network without any system reaches {table.modern['base']:.1f}, "
+            f"above {len(systems) - above} of them (one run each, data seed 0).")
 
 def spectra_block(
     results,  # folder of the records
@@ -49,4 +49,6 @@ def spectra_block(
     return (f"*Spectra*, chosen on held-out identities, is {above} points of mAP over DI2L "
             f"on {row['data seeds']:.0f} data seeds never used before.")
 
-def spectra_blocks(results): return dict(recipe=recipe_block(results), spectra=spectra_block(results))
+def spectra_blocks(results):  # {block: markdown or None}
+    "Both, by the names of the README's blocks."
+    return dict(recipe=recipe_block(results), spectra=spectra_block(results))
