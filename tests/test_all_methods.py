@@ -19,7 +19,7 @@ from di2l.runs.process import fix_arithmetic
 from di2l.synthetic.benchmark import write_benchmark
 from processes import by_processes
 
-MODERN = ("zero-padding-modern", "ddag-modern", "tsgan-modern")     # of `recipes`: a network, a class and a phase of its own
+MODERN = ("zero-padding-modern", "ddag-modern")     # of `recipes`: one with a network of its own, one without
 OTHERS = ("di2l.methods.controls", "di2l.methods.recipes")
 ROWS = [*(name for name, method in METHODS.items() if method.__module__ not in OTHERS and name != "base"), *MODERN]
 SMALL = dict(size=(96, 48), ids=4, visible=2, infrared=2, steps=5, save_every=2, device="cpu", precision="fp32")
