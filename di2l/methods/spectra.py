@@ -31,7 +31,8 @@ def recipe_block(
     if table.isna().any(axis=None): return None
     systems = table.drop("base")
     above = (systems.modern > table.modern["base"]).sum()
-    return (f"With the newest rows' recipe in place of its own, {(systems.gain > 0).sum()} of {len(systems)} older systems gain, "
+    return (f"With the newest rows' recipe in place of its own, "
+            f"{(systems.gain > 0).sum()} of {len(systems)} older systems gain, "
             f"{systems.gain.min():.1f} to {systems.gain.max():.1f} points of mAP; the standard deviation "
             f"between them falls from {systems.own.std():.1f} to {systems.modern.std():.1f}; and the "
             f"two-stream network without any system reaches {table.modern['base']:.1f}, "
